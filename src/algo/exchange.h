@@ -31,7 +31,7 @@ typedef struct epx__fault {
 /* One dispatch's decisions, the API's part; an implementation keeps more behind it (`impl_handles` + index). */
 struct epx__exchange_handle {
     uint32_t index;      /* place in the pool */
-    uint32_t generation; /* grows with every use of the place; part of every header */
+    uint32_t generation; /* of this use of the place: counts the dispatches of the buffer, so equal on all ranks */
     enum { EPX__HANDLE_FREE, EPX__HANDLE_BEGUN, EPX__HANDLE_DONE } state;
     epx_dispatch_t args; /* as given, defaults filled in */
     epx__experts_t map;

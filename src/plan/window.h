@@ -45,21 +45,24 @@ enum epx__kind {
     EPX__KIND_CHECK = 5
 };
 
-/* One half's message to one peer. `sequence` is written last (release). */
+/* One half's message to one peer. `sequence` is written last (release). Offsets are in the sender's window. */
 typedef struct epx__message {
     uint64_t sequence;   /* the half's number; grows by one a half, 1 is the first */
     uint32_t kind;       /* enum epx__kind */
-    uint32_t generation; /* handle index << 16 | low bits of its generation */
+    uint32_t generation; /* of the handle: epx__exchange_handle_t's tag */
     uint64_t shape;      /* hash of what both sides must agree on (row_bytes, topk, experts, dtype ...) */
-    uint64_t offset;     /* in the sender's window: ROWS: this receiver-of-the-message's ring; COMBINE: rows of x */
-    uint64_t ring_rows;  /* rows in that ring; ROWS and COMBINE. As many as will come: no credit needed */
-    uint64_t stride;     /* COMBINE: bytes from row to row of x; 0: the ring is fed as the words say */
-    uint64_t capacity;   /* ROWS: rows of the lease that the ring is part of (its arrays' layout) */
-    uint64_t tokens;     /* BEGIN */
-    uint64_t recv_max;   /* BEGIN: recv_tokens_max of the sender */
-    uint64_t side;       /* see algo/ht */
-    uint64_t spare[6];
-    /* BEGIN: int32_t to_rank[ranks], then int32_t to_expert[most local experts] of the reader */
+    /* BEGIN */
+    uint64_t tokens;   /* that the sender dispatches */
+    uint64_t recv_max; /* recv_tokens_max of the sender; 0: exact mode */
+    /* ROWS: where the reader's rows go. direct 1: `place` is the whole place of `capacity` rows, rows go to their final
+     * rows. direct 0: `place` is the reader's own ring of `capacity` rows, row j goes to j modulo capacity. */
+    uint64_t direct, place, capacity;
+    /* COMBINE: where the reader's rows of x (and of the weights) are. An offset of 0: in the staging ring. */
+    uint64_t x, x_stride;   /* row j at x + j * x_stride */
+    uint64_t weights;       /* row j at weights + j * topk * 4 */
+    uint64_t ring, ring_rows; /* staging ring of the reader's own: place layout of what is staged; ring 0: nothing is */
+    uint64_t spare[2];
+    /* BEGIN: int32_t to_rank[ranks], then int32_t to_expert[local experts of the reader] */
 } epx__message_t;
 
 /* ---- words: written by the peer `from`, [ranks] lines each ---- */
@@ -70,7 +73,7 @@ typedef struct epx__words {
     uint64_t taken;    /* rows of its ring that `from` has emptied, ever: my credit there */
     uint64_t staged;   /* combine: rows `from` has put up for me to read, ever */
     uint64_t read;     /* combine: rows of mine that `from` has read, ever */
-    uint64_t done;     /* sequence of the last half that `from` has ended towards me */
+    uint64_t closed;   /* 1: `from` has destroyed its buffer; nothing more will come */
     uint64_t spare[2];
 } epx__words_t;
 
