@@ -1,0 +1,17 @@
+# The Python package compiles nothing. This finds the interpreter that its tests run under: .venv when
+# tools/setup_python.sh made one, else the system's.
+set(EPX_PYTHON "")
+if(EPX_WITH_PYTHON STREQUAL OFF)
+  message(STATUS "EPX_WITH_PYTHON=OFF")
+elseif(EXISTS ${PROJECT_SOURCE_DIR}/.venv/bin/python)
+  set(EPX_PYTHON ${PROJECT_SOURCE_DIR}/.venv/bin/python)
+  message(STATUS "EPX_WITH_PYTHON: .venv/bin/python")
+else()
+  find_package(Python3 3.9 COMPONENTS Interpreter)
+  if(Python3_Interpreter_FOUND)
+    set(EPX_PYTHON ${Python3_EXECUTABLE})
+    message(STATUS "EPX_WITH_PYTHON: ${Python3_EXECUTABLE}")
+  else()
+    epx_missing(EPX_WITH_PYTHON "no Python 3.9 or newer was found (apt-get install python3)")
+  endif()
+endif()
