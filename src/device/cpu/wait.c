@@ -13,10 +13,10 @@
 
 #include "base/clock.h"
 
-#define YIELDS 8u                /* after the spins, before the first sleep */
-#define SLEEP_LEAST_NS 1000000u  /* 1 ms */
-#define SLEEP_MOST_NS 20000000u  /* 20 ms: what a lost wake costs, and 50 looks a second when idle */
-#define NO_BELL_SLEEP_NS 50000u  /* without a bell nobody wakes us: look often */
+#define YIELDS 8u               /* after the spins, before the first sleep */
+#define SLEEP_LEAST_NS 1000000u /* 1 ms */
+#define SLEEP_MOST_NS 20000000u /* 20 ms: what a lost wake costs, and 50 looks a second when idle */
+#define NO_BELL_SLEEP_NS 50000u /* without a bell nobody wakes us: look often */
 
 /* ThreadSanitizer knows no fences (gcc refuses them); a read-modify-write of the same word orders as much. */
 #if defined(__SANITIZE_THREAD__)
