@@ -40,6 +40,8 @@ else()
       set_target_properties(epx_cuda PROPERTIES OUTPUT_NAME libepx_cuda)
       epx_plugin(epx_cuda)
       epx_cuda_target(epx_cuda)
+      # libcuda.so.1 is asked for at run time and nothing else is needed, so that it loads everywhere.
+      target_link_options(epx_cuda PRIVATE -static-libstdc++ -static-libgcc)
       message(STATUS "EPX_WITH_CUDA: libepx_cuda.so with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
     endif()
   endif()
