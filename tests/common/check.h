@@ -12,8 +12,8 @@ static atomic_long check_passed, check_failed;
         if (condition) {                                                                       \
             atomic_fetch_add(&check_passed, 1);                                                \
         } else if (atomic_fetch_add(&check_failed, 1) < 20) {                                  \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);                    \
-            fprintf(stderr, "" __VA_ARGS__);                                                   \
+            fprintf(stderr, "%s:%d: %s:", __FILE__, __LINE__, #condition);                     \
+            fprintf(stderr, " " __VA_ARGS__);                                                  \
             fputc('\n', stderr);                                                               \
         }                                                                                      \
     } while (0)
