@@ -10,9 +10,7 @@ FORMATTED := $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 	includes install clean
 
 all: setup
-	@cmake --preset release >build.log 2>&1 || { cat build.log; exit 1; }
-	@grep EPX_WITH build.log || true
-	@rm -f build.log
+	@said=$$(cmake --preset release 2>&1) || { echo "$$said"; exit 1; }; echo "$$said" | grep EPX_WITH || true
 	cmake --build --preset release -j $(JOBS)
 
 setup:
