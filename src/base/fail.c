@@ -8,6 +8,12 @@
 #include "base/log.h"
 
 static _Thread_local char detail[EPX__DETAIL_BYTES];
+static void (*mirror)(const char *words); /* set once, before any other thread */
+
+void epx__fail_mirror(void (*set)(const char *words))
+{
+    __atomic_store_n(&mirror, set, __ATOMIC_RELEASE);
+}
 
 epx_status_t epx__fail(epx_status_t code, const char *format, ...)
 {
@@ -18,6 +24,9 @@ epx_status_t epx__fail(epx_status_t code, const char *format, ...)
     vsnprintf(words, sizeof(words), format, arguments);
     va_end(arguments);
     memcpy(detail, words, sizeof(detail));
+    void (*set)(const char *) = __atomic_load_n(&mirror, __ATOMIC_ACQUIRE);
+    if (set)
+        set(words);
     epx__log(EPX__LOG_INFO, "%s: %s", epx__status_name(code), detail);
     return code;
 }

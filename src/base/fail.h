@@ -16,6 +16,9 @@ epx_status_t epx__fail(epx_status_t code, const char *format, ...) __attribute__
 const char *epx__detail(void);
 void epx__detail_set(const char *words);
 
+/* In a plug-in, whose copy of this is not libepx.so's: give the words to that one too, from now on. */
+void epx__fail_mirror(void (*set)(const char *words));
+
 const char *epx__status_name(epx_status_t code);
 const char *epx__status_text(epx_status_t code);
 
