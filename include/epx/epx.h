@@ -225,7 +225,7 @@ typedef struct epx_dispatch {
     int topk_idx_bits;    /* 64 (default) or 32 */
     uint32_t topk;
     uint32_t experts;
-    const float *topk_weights; /* device, [tokens][topk], or NULL */
+    const float *topk_weights; /* device, [tokens][topk], or NULL on all ranks; with 0 tokens any other pointer will do */
     const uint8_t *in_rank;    /* device, [tokens][ranks]; used when topk is 0 */
     uint32_t expert_alignment; /* counts per expert are rounded up to it; default 1 */
     uint32_t recv_tokens_max;  /* worst-case mode: room for that many rows, no host wait; default: exact */
@@ -286,7 +286,8 @@ EPX_API epx_status_t epx_handle_counts(epx_handle_t *handle, epx_counts_t *count
 EPX_API epx_status_t epx_dispatch_end(epx_handle_t *handle, const epx_place_t *place, epx_stream_t stream,
                                       epx_received_t *received);
 
-/* Both halves. In exact mode waits on the host for the counts. */
+/* Both halves. In exact mode waits on the host for the counts. When the window has no room (EPX_E_BUSY), *handle is set
+ * all the same: bring memory to epx_dispatch_end. */
 EPX_API epx_status_t epx_dispatch(epx_buffer_t *buffer, const epx_dispatch_t *dispatch, const epx_place_t *place,
                                   epx_stream_t stream, epx_handle_t **handle, epx_received_t *received);
 
@@ -319,7 +320,7 @@ typedef struct epx_combine {
     size_t x_stride_bytes; /* default hidden * element size */
     epx_dtype_t dtype;     /* default EPX_BF16 */
     uint32_t hidden;       /* hidden * element size is a multiple of 16 */
-    const float *topk_weights; /* device, [rows][topk], or NULL */
+    const float *topk_weights; /* device, [rows][topk], or NULL on all ranks; with 0 rows any other pointer will do */
     const void *bias[2];       /* device, [tokens][hidden] each, or NULL */
     void *out;                 /* device, [tokens][hidden] */
     float *out_topk_weights;   /* device, [tokens][topk]; needed with topk_weights */

@@ -2,8 +2,8 @@
  * The seam between the API (arguments checked, pools and leases kept) and an implementation of the exchange
  * (algo/ht/cpu in libepx.so, algo/ht/cuda in the plug-in).
  *
- * The API owns: window and its imports, lease arena, handle slots' states, the sticky status. An implementation owns the
- * protocol: sequence numbers, mailboxes, rows. docs/PROTOCOL-HT.md says who writes which word.
+ * The API owns: window and its imports, lease arena, handle slots' states, the sticky status. An implementation owns
+ * the protocol: sequence numbers, mailboxes, rows. docs/PROTOCOL-HT.md says who writes which word.
  */
 #ifndef EPX_ALGO_EXCHANGE_H
 #define EPX_ALGO_EXCHANGE_H
@@ -35,22 +35,23 @@ struct epx__exchange_handle {
     enum { EPX__HANDLE_FREE, EPX__HANDLE_BEGUN, EPX__HANDLE_DONE } state;
     epx_dispatch_t args; /* as given, defaults filled in */
     epx__experts_t map;
-    uint32_t slots;         /* per token in dst_rank, dst_row */
+    uint32_t slots; /* per token in dst_rank, dst_row */
     uint32_t local_experts;
     bool worst_case;
-    bool counted;           /* the three below are filled in */
-    uint32_t rows;          /* that come to this rank */
-    int32_t *matrix;        /* host, [ranks][ranks] */
-    int32_t *tokens_of;     /* host, [ranks] */
-    int32_t *expert_rows;   /* host, [local experts], aligned */
+    bool counted;         /* the three below are filled in */
+    uint32_t rows;        /* that come to this rank */
+    int32_t *matrix;      /* host, [ranks][ranks] */
+    int32_t *tokens_of;   /* host, [ranks] */
+    int32_t *expert_rows; /* host, [local experts], aligned */
 };
 
 /* Where one dispatch's rows land at this rank. */
 typedef struct epx__target {
-    bool own;         /* caller's memory: rows pass through the ring and are copied out */
+    bool own;          /* caller's memory: rows pass through the ring and are copied out */
     epx_place_t place; /* final addresses; with a lease, inside the window */
-    size_t lease_offset; /* own == false: the lease's offset in the window; own: a lease for the whole, else the reserve */
-    uint32_t capacity;  /* rows there is room for */
+    size_t
+        lease_offset; /* own == false: the lease's offset in the window; own: a lease for the whole, else the reserve */
+    uint32_t capacity; /* rows there is room for */
 } epx__target_t;
 
 typedef struct epx__exchange_ops {
@@ -91,7 +92,7 @@ struct epx__exchange {
     epx__device_t *device;
     epx__bootstrap_t *bootstrap; /* collective use in create only */
     epx__window_t window;
-    void **peer;                 /* [ranks] their windows as mapped here; own base at [rank]; NULL outside the domain */
+    void **peer; /* [ranks] their windows as mapped here; own base at [rank]; NULL outside the domain */
     epx__window_layout_t layout;
     epx__fault_t fault;
     epx_traffic_t traffic;

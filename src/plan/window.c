@@ -43,8 +43,9 @@ epx_status_t epx__window_layout_make(uint32_t ranks, const epx_buffer_config_t *
     l.lease_offset = cursor_take(&c, 1, config->lease_bytes, EPX__PAGE);
     l.total_bytes = cursor_take(&c, 0, 0, EPX__PAGE);
     if (c.overflow)
-        return epx__fail(EPX_E_INVALID, "the window for %u ranks, %zu lease bytes and %zu reserve bytes does not fit 64 bits",
-                         ranks, config->lease_bytes, config->reserve_bytes);
+        return epx__fail(EPX_E_INVALID,
+                         "the window for %u ranks, %zu lease bytes and %zu reserve bytes does not fit 64 bits", ranks,
+                         config->lease_bytes, config->reserve_bytes);
     *layout = l;
     return EPX_OK;
 }
@@ -73,4 +74,14 @@ uint64_t epx__place_capacity(const epx__row_shape_t *shape, size_t bytes)
     size_t slack = 5 * EPX__ROW_ALIGN; /* one alignment an array */
     size_t row = epx__row_shape_bytes(shape);
     return bytes <= slack || row == 0 ? 0 : (bytes - slack) / row;
+}
+
+epx_place_t epx__place_at(uint8_t *base, const epx__row_shape_t *shape, uint64_t capacity)
+{
+    epx__place_layout_t l = epx__place_layout_make(shape, capacity);
+    return (epx_place_t){.x = base + l.x,
+                         .side = shape->side_bytes ? base + l.side : NULL,
+                         .topk_idx = shape->topk ? base + l.topk_idx : NULL,
+                         .topk_weights = shape->weights ? (float *)(void *)(base + l.topk_weights) : NULL,
+                         .src_token = shape->src_token ? (int32_t *)(void *)(base + l.src_token) : NULL};
 }

@@ -58,8 +58,8 @@ typedef struct epx__message {
      * rows. direct 0: `place` is the reader's own ring of `capacity` rows, row j goes to j modulo capacity. */
     uint64_t direct, place, capacity;
     /* COMBINE: where the reader's rows of x (and of the weights) are. An offset of 0: in the staging ring. */
-    uint64_t x, x_stride;   /* row j at x + j * x_stride */
-    uint64_t weights;       /* row j at weights + j * topk * 4 */
+    uint64_t x, x_stride;     /* row j at x + j * x_stride */
+    uint64_t weights;         /* row j at weights + j * topk * 4 */
     uint64_t ring, ring_rows; /* staging ring of the reader's own: place layout of what is staged; ring 0: nothing is */
     uint64_t spare[2];
     /* BEGIN: int32_t to_rank[ranks], then int32_t to_expert[local experts of the reader] */
@@ -80,10 +80,10 @@ typedef struct epx__words {
 typedef struct epx__window_layout {
     uint32_t ranks;
     size_t control_offset;
-    size_t errors_offset; /* epx__error_slot_t [ranks] */
-    size_t mail_offset;   /* [ranks][2] messages */
-    size_t message_bytes; /* of one slot */
-    size_t words_offset;  /* epx__words_t [ranks] */
+    size_t errors_offset;      /* epx__error_slot_t [ranks] */
+    size_t mail_offset;        /* [ranks][2] messages */
+    size_t message_bytes;      /* of one slot */
+    size_t words_offset;       /* epx__words_t [ranks] */
     size_t chunk_words_offset; /* uint64_t [ranks][chunk_words]: progress by chunk (CUDA) */
     uint32_t chunk_words;
     size_t reserve_offset, reserve_bytes;
@@ -113,6 +113,8 @@ typedef struct epx__row_shape {
 } epx__row_shape_t;
 
 epx__place_layout_t epx__place_layout_make(const epx__row_shape_t *shape, uint64_t capacity);
+/* The addresses of a place of `capacity` rows at `base`; NULL for parts that are absent. */
+epx_place_t epx__place_at(uint8_t *base, const epx__row_shape_t *shape, uint64_t capacity);
 /* Bytes one row takes in all its arrays together (without alignment). */
 size_t epx__row_shape_bytes(const epx__row_shape_t *shape);
 /* The most rows that fit `bytes`; 0 when none. */

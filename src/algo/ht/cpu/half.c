@@ -1,0 +1,279 @@
+/*
+ * One half: mail to and from every peer, the half's own work, and the waiting.
+ *
+ * mail[me][n & 1] in a peer's window is mine to write once that peer's consumed number has reached n - 2. Its
+ * `sequence` goes in last. A peer's message is copied out, then counted as consumed: nobody reads a mailbox twice.
+ */
+#include "algo/ht/cpu/ht_cpu.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/fail.h"
+
+static uint64_t *alarm_of(uint8_t *window, const epx__window_layout_t *layout)
+{
+    return ((epx__control_t *)(window + layout->control_offset))->alarm;
+}
+
+static epx__bell_t *bell_of(uint8_t *window, const epx__window_layout_t *layout)
+{
+    return (epx__bell_t *)((epx__control_t *)(window + layout->control_offset))->bell;
+}
+
+static epx__message_t *mailbox(uint8_t *window, const epx__window_layout_t *layout, int source, uint64_t sequence)
+{
+    size_t slot = (size_t)source * 2 + (sequence & 1);
+    return (epx__message_t *)(window + layout->mail_offset + slot * layout->message_bytes);
+}
+
+static epx__error_slot_t *error_slot(uint8_t *window, const epx__window_layout_t *layout, int source)
+{
+    return (epx__error_slot_t *)(window + layout->errors_offset) + source;
+}
+
+void epx__word_post(epx__ht_peer_t *peer, uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+    epx__bell_ring((epx__bell_t *)((epx__control_t *)peer->base)->bell);
+}
+
+/* ---- failing ---- */
+
+static void tell_peer(epx__half_t *half, epx__ht_peer_t *peer, epx_status_t status, int about, const char *words)
+{
+    const epx__window_layout_t *layout = &half->ht->exchange->layout;
+    epx__error_slot_t *slot = error_slot(peer->base, layout, half->ht->exchange->rank);
+    if (epx__word_load(&slot->word) != 0)
+        return; /* told before; the first failure stays */
+    slot->sequence = half->sequence;
+    slot->peer = about;
+    slot->status = (int32_t)status;
+    snprintf(slot->words, sizeof slot->words, "%.*s", (int)sizeof slot->words - 1, words);
+    __atomic_store_n(&slot->word, (uint64_t)status, __ATOMIC_RELEASE);
+    __atomic_store_n(alarm_of(peer->base, layout), 1, __ATOMIC_RELEASE);
+    epx__bell_ring(bell_of(peer->base, layout));
+}
+
+epx_status_t epx__half_fail(epx__half_t *half, epx_status_t status, int peer, const char *format, ...)
+{
+    char words[448];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(words, sizeof words, format, arguments);
+    va_end(arguments);
+    epx__ht_cpu_t *ht = half->ht;
+    for (int i = 0; i < ht->members; i++)
+        if (&ht->peers[i] != ht->self)
+            tell_peer(half, &ht->peers[i], status, peer, words);
+    half->status = epx__exchange_fault(ht->exchange, status, "%s", words);
+    return half->status;
+}
+
+/* Somebody has raised the alarm in my window: what about? */
+static epx_status_t alarm_words(epx__half_t *half)
+{
+    epx__exchange_t *exchange = half->ht->exchange;
+    if (atomic_load(&exchange->fault.ready))
+        return epx__half_fail(half, (epx_status_t)atomic_load(&exchange->fault.status), -1, "%s",
+                              exchange->fault.words);
+    for (int i = 0; i < half->ht->members; i++) {
+        epx__ht_peer_t *peer = &half->ht->peers[i];
+        epx__error_slot_t *slot = error_slot(half->ht->window, &exchange->layout, peer->rank);
+        if (peer == half->ht->self || epx__word_load(&slot->word) == 0)
+            continue;
+        slot->words[sizeof slot->words - 1] = 0;
+        return epx__half_fail(half, EPX_E_PEER, peer->rank, "rank %d failed (%s, half %" PRIu64 "): %s", peer->rank,
+                              epx__status_name((epx_status_t)slot->status), slot->sequence, slot->words);
+    }
+    return EPX_OK; /* raised, words not there yet */
+}
+
+static bool alarmed(const epx__half_t *half)
+{
+    return epx__word_load(alarm_of(half->ht->window, &half->ht->exchange->layout)) != 0;
+}
+
+/* ---- mail ---- */
+
+static bool post_mail(epx__half_t *half, epx__ht_peer_t *peer)
+{
+    epx__exchange_t *exchange = half->ht->exchange;
+    if (epx__word_load(&peer->from_it->consumed) + 2 < half->sequence)
+        return false;
+    epx__message_t *box = mailbox(peer->base, &exchange->layout, exchange->rank, half->sequence);
+    epx__message_t message = {.kind = (uint32_t)half->kind, .generation = half->generation, .shape = half->shape};
+    if (half->fill)
+        half->fill(half, peer, &message, box + 1);
+    memcpy((uint8_t *)box + sizeof box->sequence, (uint8_t *)&message + sizeof message.sequence,
+           sizeof message - sizeof message.sequence);
+    epx__word_post(peer, &box->sequence, half->sequence);
+    peer->posted = true;
+    return true;
+}
+
+static const char *kind_name(uint32_t kind)
+{
+    static const char *const names[] = {"nothing", "dispatch_begin", "dispatch_end or dispatch_again",
+                                        "combine", "barrier",        "check"};
+    return kind < sizeof names / sizeof names[0] ? names[kind] : "something unknown";
+}
+
+static epx_status_t check_mail(epx__half_t *half, const epx__ht_peer_t *peer)
+{
+    const epx__message_t *mail = &peer->mail;
+    if (mail->kind != (uint32_t)half->kind)
+        return epx__half_fail(
+            half, EPX_E_MISMATCH, peer->rank,
+            "collective %" PRIu64 " of this buffer is %s on rank %d but %s on rank %d; all ranks must make "
+            "the same calls in the same order",
+            half->sequence, kind_name(half->kind), half->ht->exchange->rank, kind_name(mail->kind), peer->rank);
+    if (mail->generation != half->generation)
+        return epx__half_fail(
+            half, EPX_E_MISMATCH, peer->rank,
+            "%s is about dispatch %u on rank %d but about dispatch %u on rank %d; all ranks must pass the "
+            "handle of the same dispatch",
+            half->operation, half->generation, half->ht->exchange->rank, mail->generation, peer->rank);
+    if (mail->shape != half->shape)
+        return epx__half_fail(
+            half, EPX_E_MISMATCH, peer->rank,
+            "%s: ranks %d and %d disagree on the shape (row or side bytes, hidden, dtype, topk, id width, "
+            "experts, or whether weights are given)",
+            half->operation, half->ht->exchange->rank, peer->rank);
+    return EPX_OK;
+}
+
+static epx__step_t read_mail(epx__half_t *half, epx__ht_peer_t *peer)
+{
+    epx__exchange_t *exchange = half->ht->exchange;
+    epx__message_t *box = mailbox(half->ht->window, &exchange->layout, peer->rank, half->sequence);
+    if (epx__word_load(&box->sequence) < half->sequence)
+        return EPX__STEP_STUCK;
+    memcpy(&peer->mail, box, sizeof *box);
+    if (check_mail(half, peer) != EPX_OK)
+        return EPX__STEP_FAILED;
+    if (half->hear && (half->status = half->hear(half, peer, box + 1)) != EPX_OK)
+        return EPX__STEP_FAILED;
+    peer->heard = true;
+    epx__word_post(peer, &peer->to_it->consumed, half->sequence);
+    return EPX__STEP_MOVED;
+}
+
+static epx__step_t mail_step(epx__half_t *half)
+{
+    epx__ht_cpu_t *ht = half->ht;
+    bool moved = false, all = true;
+    for (int i = 0; i < ht->members; i++) {
+        epx__ht_peer_t *peer = &ht->peers[i];
+        if (peer == ht->self)
+            continue;
+        if (!peer->posted)
+            moved |= post_mail(half, peer);
+        if (!peer->heard) {
+            epx__step_t step = read_mail(half, peer);
+            if (step == EPX__STEP_FAILED)
+                return step;
+            moved |= step == EPX__STEP_MOVED;
+        }
+        all &= peer->posted && peer->heard;
+    }
+    return moved ? EPX__STEP_MOVED : all ? EPX__STEP_DONE : EPX__STEP_STUCK;
+}
+
+/* ---- the loop ---- */
+
+static epx__step_t step(epx__half_t *half)
+{
+    epx__step_t mail = mail_step(half);
+    if (mail == EPX__STEP_FAILED || !half->work)
+        return mail;
+    epx__step_t work = half->work(half);
+    if (work == EPX__STEP_FAILED)
+        return work;
+    if (mail == EPX__STEP_DONE && work == EPX__STEP_DONE)
+        return EPX__STEP_DONE;
+    return mail == EPX__STEP_MOVED || work == EPX__STEP_MOVED ? EPX__STEP_MOVED : EPX__STEP_STUCK;
+}
+
+/* The waiter's last look before it sleeps: a step, kept for the loop. */
+static bool look(void *context)
+{
+    epx__half_t *half = context;
+    half->last = step(half);
+    half->looked = true;
+    return half->last != EPX__STEP_STUCK || alarmed(half);
+}
+
+static void blame_mail(epx__half_t *half, epx__blame_t *blame)
+{
+    for (int i = 0; i < half->ht->members; i++) {
+        epx__ht_peer_t *peer = &half->ht->peers[i];
+        if (peer == half->ht->self || (peer->posted && peer->heard))
+            continue;
+        const epx__message_t *box = mailbox(half->ht->window, &half->ht->exchange->layout, peer->rank, half->sequence);
+        *blame = peer->posted
+                     ? (epx__blame_t){peer->rank, "its message", half->sequence, epx__word_load(&box->sequence)}
+                     : (epx__blame_t){peer->rank, "its mailbox to be free", half->sequence - 2,
+                                      epx__word_load(&peer->from_it->consumed)};
+        return;
+    }
+}
+
+/* Nothing moved: is somebody gone, or the time over? */
+static epx_status_t check_stuck(epx__half_t *half)
+{
+    epx__blame_t blame = {.rank = -1, .stage = "nothing that it knows of"};
+    blame_mail(half, &blame);
+    if (blame.rank < 0 && half->blame)
+        half->blame(half, &blame);
+    for (int i = 0; blame.rank >= 0 && i < half->ht->members; i++)
+        if (half->ht->peers[i].rank == blame.rank && epx__word_load(&half->ht->peers[i].from_it->closed))
+            return epx__half_fail(half, EPX_E_PEER, blame.rank,
+                                  "%s on rank %d waits for %s of rank %d, which has destroyed its buffer",
+                                  half->operation, half->ht->exchange->rank, blame.stage, blame.rank);
+    if (!epx__deadline_passed(&half->deadline))
+        return EPX_OK;
+    return epx__half_fail(
+        half, EPX_E_TIMEOUT, blame.rank,
+        "%s (half %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s (expected %" PRIu64 ", seen %" PRIu64 ")",
+        half->operation, half->sequence, half->ht->exchange->rank,
+        (double)epx__deadline_waited_ns(&half->deadline) * 1e-9, blame.rank, blame.stage, blame.expected, blame.seen);
+}
+
+static epx_status_t run(epx__half_t *half)
+{
+    for (;;) {
+        if (alarmed(half))
+            EPX__TRY(alarm_words(half));
+        if (!half->looked)
+            half->last = step(half);
+        half->looked = false;
+        if (half->last == EPX__STEP_FAILED)
+            return half->status;
+        if (half->last == EPX__STEP_DONE)
+            return alarmed(half) ? alarm_words(half) : EPX_OK;
+        if (half->last == EPX__STEP_MOVED) {
+            epx__waiter_progress(&half->waiter);
+            half->deadline.start_ns = 0;
+            half->stuck_polls = 0;
+            continue;
+        }
+        half->stuck_polls++;
+        EPX__TRY(check_stuck(half));
+        epx__waiter_pause(&half->waiter, look, half);
+    }
+}
+
+epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms)
+{
+    epx__ht_cpu_t *ht = half->ht;
+    half->sequence = ++ht->sequence;
+    half->deadline = epx__deadline_ms(timeout_ms ? timeout_ms : ht->exchange->config.timeout_ms);
+    epx__waiter_init(&half->waiter, bell_of(ht->window, &ht->exchange->layout), ht->exchange->spins);
+    for (int i = 0; i < ht->members; i++)
+        ht->peers[i].posted = ht->peers[i].heard = false;
+    ht->self->posted = ht->self->heard = true;
+    return run(half);
+}

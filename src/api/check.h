@@ -1,0 +1,16 @@
+/* Argument checks: each says in words what is off, and fills in defaults. Nothing else happens here. */
+#ifndef EPX_API_CHECK_H
+#define EPX_API_CHECK_H
+
+#include "api/objects.h"
+#include "plan/format.h"
+
+epx_status_t epx__check_routing(epx_buffer_t *buffer, const char *call, const void *topk_idx, int *bits,
+                                uint32_t tokens, uint32_t topk, uint32_t experts, epx__experts_t *map);
+epx_status_t epx__check_rows(epx_buffer_t *buffer, const char *call, epx_rows_t *rows, uint32_t tokens);
+epx_status_t epx__check_dispatch(epx_buffer_t *buffer, epx_dispatch_t *dispatch, epx__experts_t *map);
+epx_status_t epx__check_place(const char *call, const epx_place_t *place, const epx_received_t *received);
+epx_status_t epx__check_combine(epx_buffer_t *buffer, const epx_handle_t *handle, epx_combine_t *combine,
+                                uint32_t rows);
+
+#endif

@@ -1,0 +1,395 @@
+/* Groups: who takes part, on which device, in which domains. */
+#include <stdio.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#include "api/objects.h"
+#include "base/alloc.h"
+#include "base/clock.h"
+#include "base/env.h"
+#include "base/fail.h"
+#include "base/log.h"
+#include "device/cpu/copy.h"
+#include "device/plugin.h"
+
+#define WORDS 256
+
+/* What every rank says about itself once the device is open. */
+typedef struct hello {
+    epx__export_t trial; /* of the trial window */
+    uint64_t host;
+    int32_t backend, cores;
+} hello_t;
+
+struct epx__verdict {
+    int32_t status;
+    char words[WORDS];
+};
+
+epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing)
+{
+    struct epx__verdict own = {.status = (int32_t)mine}, *all = group->verdicts;
+    if (mine != EPX_OK)
+        snprintf(own.words, sizeof own.words, "%s", epx__detail());
+    epx_status_t status = epx__bootstrap_allgather(group->bootstrap, &own, sizeof own, all, group->timeout_ms);
+    if (mine != EPX_OK)
+        return epx__fail(mine, "%s", own.words);
+    for (int r = 0; status == EPX_OK && r < group->ranks; r++) {
+        all[r].words[WORDS - 1] = 0;
+        if (all[r].status != EPX_OK)
+            status = epx__fail(EPX_E_PEER, "rank %d failed while %s: %s: %s", r, doing,
+                               epx__status_name((epx_status_t)all[r].status), all[r].words);
+    }
+    return status;
+}
+
+/* ---- choices ---- */
+
+static epx_status_t choose_backend(epx_group_t *group, epx_backend_t wanted, int device, int local_rank)
+{
+    const char *text = epx__env_value(EPX__ENV_BACKEND), *why = "";
+    const char *by = "asked for by the configuration";
+    if (wanted == EPX_BACKEND_AUTO && text) {
+        by = "asked for by EPX_BACKEND";
+        if (!strcasecmp(text, "cpu"))
+            wanted = EPX_BACKEND_CPU;
+        else if (!strcasecmp(text, "cuda"))
+            wanted = EPX_BACKEND_CUDA;
+        else if (strcasecmp(text, "auto"))
+            return epx__fail(EPX_E_INVALID, "EPX_BACKEND is \"%s\"; auto, cpu or cuda would be right", text);
+    }
+    const epx__plugin_t *plugin = NULL;
+    if (wanted != EPX_BACKEND_CPU) {
+        epx_status_t status = epx__plugin_cuda(&plugin, &why);
+        if (status != EPX_OK && wanted == EPX_BACKEND_CUDA)
+            return epx__fail(status, "the CUDA backend was %s but is not usable: %s", by, why);
+        if (status != EPX_OK)
+            plugin = NULL;
+    }
+    if (!plugin) {
+        group->exchange_ops = &epx__exchange_cpu;
+        if (wanted == EPX_BACKEND_CPU)
+            snprintf(group->backend_why, sizeof group->backend_why, "cpu: %s", by);
+        else
+            snprintf(group->backend_why, sizeof group->backend_why, "cpu: no usable GPU (%.150s)", why);
+        return epx__device_cpu.open(-1, &group->device);
+    }
+    group->exchange_ops = plugin->exchange_ops;
+    snprintf(group->backend_why, sizeof group->backend_why, "cuda: %s",
+             wanted == EPX_BACKEND_CUDA ? by : "a usable GPU is there");
+    return plugin->device->open(device > 0 ? device - 1 : -1 - local_rank, &group->device);
+}
+
+static epx_status_t choose_threads(epx_group_t *group, int wanted, int cores)
+{
+    uint64_t threads = 0, spins = 0;
+    bool by_environment = epx__env_value(EPX__ENV_THREADS) != NULL;
+    if (wanted < 0 || wanted > 1024)
+        return epx__fail(EPX_E_INVALID, "threads is %d; 1 to 1024, or 0 for the default", wanted);
+    EPX__TRY(epx__env_u64(EPX__ENV_THREADS, 1, 1024, 0, &threads));
+    if (wanted > 0) {
+        threads = (uint64_t)wanted;
+        snprintf(group->threads_why, sizeof group->threads_why, "asked for by the configuration");
+    } else if (by_environment) {
+        snprintf(group->threads_why, sizeof group->threads_why, "asked for by EPX_THREADS");
+    } else {
+        threads = (uint64_t)(cores / group->host_ranks);
+        threads = threads < 1 ? 1 : threads > 32 ? 32 : threads;
+        snprintf(group->threads_why, sizeof group->threads_why,
+                 "%d cores / %d ranks on this host, at least 1, at most 32", cores, group->host_ranks);
+    }
+    group->threads = (int)threads;
+    EPX__TRY(epx__env_u64(EPX__ENV_SPIN, 0, UINT32_MAX, cores < group->host_ranks ? 100 : 2000, &spins));
+    group->spins = (uint32_t)spins;
+    const char *why;
+    epx__copy_choose(&group->streaming, &why);
+    return EPX_OK;
+}
+
+/* ---- domains, found by trying ---- */
+
+static uint64_t trial_word(int from, int to)
+{
+    return 0x7e57000000000000ull + ((uint64_t)from << 24) + (uint64_t)to + 1;
+}
+
+/* Map every peer's trial window and leave a word in it. Unreachable is no error: it is another domain. */
+static epx_status_t trial_write(epx_group_t *group, const hello_t *all, void **mapped)
+{
+    for (int r = 0; r < group->ranks; r++) {
+        if (all[r].backend != (int32_t)group->device->ops->backend)
+            return epx__fail(EPX_E_MISMATCH, "rank %d uses another backend than rank %d; set EPX_BACKEND on all ranks",
+                             r, group->rank);
+        uint64_t word = trial_word(group->rank, r);
+        if (epx__window_import(group->device, &all[r].trial, group->timeout_ms, &mapped[r]) != EPX_OK) {
+            mapped[r] = NULL;
+            epx__log(EPX__LOG_INFO, "rank %d is out of reach: %s", r, epx__detail());
+            snprintf(group->domain_why, sizeof group->domain_why, "rank %d is out of reach: %.120s", r, epx__detail());
+        } else if (group->device->ops->copy_in(group->device, (uint64_t *)mapped[r] + group->rank, &word,
+                                               sizeof word) != EPX_OK) {
+            epx__window_unimport(group->device, &all[r].trial, mapped[r]);
+            mapped[r] = NULL;
+        }
+    }
+    return EPX_OK;
+}
+
+static epx_status_t trial_read(epx_group_t *group, const epx__window_t *window, uint8_t *came)
+{
+    uint64_t *words = epx__calloc((size_t)group->ranks, sizeof *words);
+    if (!words)
+        return epx__fail(EPX_E_NOMEM, "no memory for %d trial words", group->ranks);
+    epx_status_t status =
+        group->device->ops->copy_out(group->device, words, window->base, sizeof *words * (size_t)group->ranks);
+    for (int r = 0; status == EPX_OK && r < group->ranks; r++)
+        came[r] = words[r] == trial_word(r, group->rank);
+    epx__free(words);
+    return status;
+}
+
+static epx_status_t make_topology(epx_group_t *group, const uint8_t *came, int split)
+{
+    size_t ranks = (size_t)group->ranks;
+    uint8_t *all = epx__calloc(ranks * ranks, 2);
+    epx_status_t status = epx__group_agree(
+        group, all ? EPX_OK : epx__fail(EPX_E_NOMEM, "no memory for %zu reaches", ranks * ranks), "finding domains");
+    if (status == EPX_OK)
+        status = epx__bootstrap_allgather(group->bootstrap, came, ranks, all, group->timeout_ms);
+    uint8_t *reach = all ? all + ranks * ranks : NULL;
+    for (size_t i = 0; status == EPX_OK && i < ranks; i++)
+        for (size_t j = 0; j < ranks; j++)
+            reach[i * ranks + j] = all[j * ranks + i]; /* j saw i's word */
+    if (status == EPX_OK)
+        status = epx__topology_make(group->ranks, reach, split, &group->topology);
+    epx__free(all);
+    return status;
+}
+
+static epx_status_t split_wanted(const epx_group_config_t *config, int *split)
+{
+    uint64_t value;
+    EPX__TRY(epx__env_u64(EPX__ENV_RANKS_PER_DOMAIN, 1, 1u << 20, 0, &value));
+    *split = config->ranks_per_domain > 0 ? config->ranks_per_domain : (int)value;
+    return EPX_OK;
+}
+
+static void say_domains(epx_group_t *group, int split)
+{
+    if (split > 0)
+        snprintf(group->domain_why, sizeof group->domain_why, "split into pieces of %d ranks, as asked for", split);
+    else if (group->topology.domains == 1)
+        snprintf(group->domain_why, sizeof group->domain_why,
+                 "every rank mapped every other's window and moved a word");
+    if (group->topology.domains == 1)
+        snprintf(group->net_why, sizeof group->net_why, "one domain needs no network");
+}
+
+typedef struct trial {
+    epx__window_t window;
+    epx__export_t exported;
+    hello_t *all;
+    void **mapped;
+    uint8_t *came;
+    bool open;
+} trial_t;
+
+static epx_status_t trial_open(epx_group_t *group, trial_t *trial)
+{
+    size_t ranks = (size_t)group->ranks;
+    trial->all = epx__calloc(ranks, sizeof *trial->all);
+    trial->mapped = epx__calloc(ranks, sizeof *trial->mapped);
+    trial->came = epx__calloc(ranks, 1);
+    if (!trial->all || !trial->mapped || !trial->came)
+        return epx__fail(EPX_E_NOMEM, "no memory to look for the domains of %zu ranks", ranks);
+    EPX__TRY(epx__window_create(group->device, group->fdserver, ranks * 8, &trial->window, &trial->exported));
+    trial->open = true;
+    return EPX_OK;
+}
+
+static void trial_close(epx_group_t *group, trial_t *trial)
+{
+    for (int r = 0; trial->mapped && trial->all && r < group->ranks; r++)
+        if (trial->mapped[r])
+            epx__window_unimport(group->device, &trial->all[r].trial, trial->mapped[r]);
+    if (trial->open)
+        epx__window_destroy(group->device, group->fdserver, &trial->window, &trial->exported);
+    epx__free(trial->all);
+    epx__free(trial->mapped);
+    epx__free(trial->came);
+}
+
+static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *config, trial_t *trial)
+{
+    int split = 0, cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    epx_status_t status = split_wanted(config, &split);
+    if (status == EPX_OK)
+        status = trial_open(group, trial);
+    EPX__TRY(epx__group_agree(group, status, "making a trial window"));
+    hello_t mine = {.trial = trial->exported,
+                    .host = epx__host_id(),
+                    .backend = (int32_t)group->device->ops->backend,
+                    .cores = cores};
+    EPX__TRY(epx__bootstrap_allgather(group->bootstrap, &mine, sizeof mine, trial->all, group->timeout_ms));
+    for (int r = 0; r < group->ranks; r++)
+        group->host_ranks += trial->all[r].host == mine.host;
+    status = trial_write(group, trial->all, trial->mapped);
+    if (status == EPX_OK)
+        status = choose_threads(group, config->threads, cores);
+    EPX__TRY(epx__group_agree(group, status, "mapping the peers' trial windows"));
+    status = trial_read(group, &trial->window, trial->came);
+    EPX__TRY(epx__group_agree(group, status, "reading the trial words"));
+    EPX__TRY(make_topology(group, trial->came, split));
+    say_domains(group, split);
+    return EPX_OK;
+}
+
+/* ---- create, destroy ---- */
+
+static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
+{
+    epx__bootstrap_config_t boot = {.rank = config->rank,
+                                    .ranks = config->ranks,
+                                    .id = config->id,
+                                    .allgather = config->allgather,
+                                    .allgather_context = config->allgather_context,
+                                    .config_words = "ranks_per_domain",
+                                    .config_hash = (uint64_t)config->ranks_per_domain + 1,
+                                    .timeout_ms = group->timeout_ms};
+    if (!config->id && !config->allgather && config->ranks == 0) {
+        boot.rank = -1;
+        boot.ranks = 0;
+    }
+    EPX__TRY(epx__bootstrap_open(&boot, &group->bootstrap));
+    group->rank = epx__bootstrap_rank(group->bootstrap);
+    group->ranks = epx__bootstrap_ranks(group->bootstrap);
+    epx__log_set_rank(group->rank);
+    group->verdicts = epx__calloc((size_t)group->ranks, sizeof *group->verdicts);
+    return group->verdicts ? EPX_OK : epx__fail(EPX_E_NOMEM, "no memory for a group of %d ranks", group->ranks);
+}
+
+static epx_status_t build(epx_group_t *group, const epx_group_config_t *config)
+{
+    EPX__TRY(join(group, config));
+    epx_status_t status = epx__fdserver_open(&group->fdserver);
+    if (status == EPX_OK)
+        status = choose_backend(group, config->backend, config->device, group->rank);
+    EPX__TRY(epx__group_agree(group, status, "opening the device"));
+    trial_t trial = {0};
+    status = find_domains(group, config, &trial);
+    /* Nobody unmaps before everybody has read. */
+    if (status == EPX_OK)
+        status = epx__bootstrap_barrier(group->bootstrap, group->timeout_ms);
+    trial_close(group, &trial);
+    return status;
+}
+
+static epx_status_t check_config(const epx_group_config_t *config)
+{
+    if (config->id && config->allgather)
+        return epx__fail(EPX_E_INVALID, "epx_group_create: id and allgather are both given; give one");
+    if ((config->id || config->allgather || config->ranks) &&
+        (config->ranks < 1 || config->rank < 0 || config->rank >= config->ranks))
+        return epx__fail(EPX_E_INVALID,
+                         "epx_group_create: rank %d of %d ranks; rank must be in [0, ranks) and ranks at least 1",
+                         config->rank, config->ranks);
+    if (config->backend != EPX_BACKEND_AUTO && config->backend != EPX_BACKEND_CPU &&
+        config->backend != EPX_BACKEND_CUDA)
+        return epx__fail(EPX_E_INVALID, "epx_group_create: %d is no backend", (int)config->backend);
+    if (config->ranks_per_domain < 0 || config->device < 0)
+        return epx__fail(EPX_E_INVALID, "epx_group_create: ranks_per_domain %d and device %d must not be negative",
+                         config->ranks_per_domain, config->device);
+    return EPX_OK;
+}
+
+epx_status_t epx_group_create(const epx_group_config_t *config, epx_group_t **out)
+{
+    epx_group_config_t c;
+    if (!out)
+        return epx__fail(EPX_E_INVALID, "epx_group_create: group is NULL; it must point to an epx_group_t *");
+    EPX__TRY(epx__config_copy(&c, sizeof c, config, "epx_group_config_t"));
+    EPX__TRY(check_config(&c));
+    epx_group_t *group = epx__calloc(1, sizeof *group);
+    if (!group)
+        return epx__fail(EPX_E_NOMEM, "no memory for a group");
+    atomic_store(&group->references, 1);
+    snprintf(group->net, sizeof group->net, "none");
+    epx_status_t status = EPX_OK;
+    group->timeout_ms = c.timeout_ms;
+    if (!group->timeout_ms)
+        status = epx__env_u64(EPX__ENV_TIMEOUT_MS, 1, UINT32_MAX, 30000, &group->timeout_ms);
+    if (status == EPX_OK)
+        status = build(group, &c);
+    if (status != EPX_OK) {
+        epx__group_unref(group);
+        return status;
+    }
+    *out = group;
+    return EPX_OK;
+}
+
+void epx__group_unref(epx_group_t *group)
+{
+    if (atomic_fetch_sub(&group->references, 1) > 1)
+        return;
+    char words[EPX__DETAIL_BYTES]; /* of the failure that brought us here, if any */
+    snprintf(words, sizeof words, "%s", epx__detail());
+    epx__bootstrap_close(group->bootstrap);
+    epx__fdserver_close(group->fdserver);
+    if (group->device)
+        group->device->ops->close(group->device);
+    epx__topology_fini(&group->topology);
+    epx__free(group->verdicts);
+    epx__free(group);
+    epx__detail_set(words);
+}
+
+void epx_group_destroy(epx_group_t *group)
+{
+    if (group)
+        epx__group_unref(group);
+}
+
+/* ---- the rest ---- */
+
+epx_status_t epx_group_barrier(epx_group_t *group, uint64_t timeout_ms)
+{
+    if (!group)
+        return epx__fail(EPX_E_INVALID, "epx_group_barrier: group is NULL");
+    return epx__bootstrap_barrier(group->bootstrap, timeout_ms ? timeout_ms : group->timeout_ms);
+}
+
+epx_status_t epx_group_allgather(epx_group_t *group, const void *mine, size_t bytes, void *all)
+{
+    if (!group || ((!mine || !all) && bytes))
+        return epx__fail(EPX_E_INVALID, "epx_group_allgather: group, mine and all must not be NULL");
+    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
+}
+
+epx_status_t epx_group_get_info(const epx_group_t *group, epx_group_info_t *info)
+{
+    if (!group || !info)
+        return epx__fail(EPX_E_INVALID, "epx_group_get_info: group and info must not be NULL");
+    if (info->size != sizeof *info)
+        return epx__fail(EPX_E_INVALID, "epx_group_get_info: info->size is %zu; set it to %zu", info->size,
+                         sizeof *info);
+    *info = (epx_group_info_t){
+        .size = sizeof *info,
+        .rank = group->rank,
+        .ranks = group->ranks,
+        .domains = group->topology.domains,
+        .ranks_per_domain = group->topology.per_domain,
+        .domain = group->topology.domain_of[group->rank],
+        .domain_index = group->topology.index_of[group->rank],
+        .domain_of = group->topology.domain_of,
+        .backend = group->device->ops->backend,
+        .device = group->device->ordinal,
+        .threads = group->threads,
+        .backend_why = group->backend_why,
+        .domain_why = group->domain_why,
+        .threads_why = group->threads_why,
+        .net_why = group->net_why,
+        .net = group->net,
+    };
+    return EPX_OK;
+}

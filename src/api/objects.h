@@ -1,0 +1,75 @@
+/* The objects behind the opaque pointers of epx.h. */
+#ifndef EPX_API_OBJECTS_H
+#define EPX_API_OBJECTS_H
+
+#include <pthread.h>
+
+#include "algo/exchange.h"
+
+struct epx_group {
+    epx__bootstrap_t *bootstrap;
+    epx__fdserver_t *fdserver;
+    epx__device_t *device;
+    const epx__exchange_ops_t *exchange_ops; /* of the backend, inside one domain */
+    epx__topology_t topology;
+    int rank, ranks;
+    int host_ranks; /* ranks on this host */
+    int threads;
+    uint32_t spins;
+    bool streaming;
+    uint64_t timeout_ms;
+    char net[64];
+    char backend_why[192], domain_why[192], threads_why[160], net_why[192];
+    struct epx__verdict *verdicts; /* [ranks] scratch of epx__group_agree */
+    atomic_int references;         /* the caller's, and one a buffer */
+};
+
+struct epx_handle {
+    epx_buffer_t *buffer;
+    epx__exchange_handle_t h;
+    bool rows_done;      /* dispatch_end has been called */
+    epx_stream_t stream; /* of its last release */
+};
+
+/* A place in the lease table. A released lease keeps its range until the place is used again, so that whoever takes
+ * overlapping memory on another stream can wait for the release. */
+typedef struct epx__lease {
+    enum { EPX__LEASE_NEVER, EPX__LEASE_HELD, EPX__LEASE_RELEASED } state;
+    uint32_t generation;
+    size_t offset, bytes; /* in the window's lease part */
+    epx_stream_t stream;  /* of the release */
+} epx__lease_t;
+
+struct epx_buffer {
+    epx_group_t *group;
+    epx__exchange_t x;
+    epx__export_t *exports; /* [ranks] */
+    epx__arena_t arena;     /* offsets in the window's lease part */
+    epx__lease_t *leases;   /* [leases_max] */
+    epx_handle_t *handles;  /* [handles_max] */
+    int32_t *handle_slab;   /* their host counts */
+    int32_t *expert_local;  /* of the configured map */
+    int32_t *expert_rank;
+    uint32_t dispatches; /* so far: the generations of handles */
+    int death_slot, notice_slot;
+    bool told;    /* the caller has had the first failure */
+    bool created; /* the exchange is up */
+};
+
+/* EPX_OK when the buffer can take a call; else its failure, the first time as it was, then EPX_E_BROKEN. */
+epx_status_t epx__buffer_usable(epx_buffer_t *buffer, const char *call);
+
+/* Leases (lease.c). */
+epx_status_t epx__lease_take(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, epx_lease_t *lease,
+                             size_t *window_offset);
+/* The offset in the window of [memory, memory + bytes) when it lies inside one held lease, else SIZE_MAX. */
+size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t bytes);
+
+/* Group (group.c): all ranks learn whether all succeeded; a rank that failed names itself. */
+epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing);
+void epx__group_unref(epx_group_t *group);
+
+/* Config structs: copy `size` bytes of the caller's struct over zeros; refuse sizes that cannot be. */
+epx_status_t epx__config_copy(void *to, size_t to_bytes, const void *from, const char *what);
+
+#endif
