@@ -222,8 +222,8 @@ static epx_status_t listen_somewhere(epx__fdserver_t *server)
     if (server->listener < 0 || server->stop < 0)
         return epx__fail(EPX_E_SYSTEM, "socket for passing descriptors: %s", strerror(errno));
     uint8_t random[16];
-    EPX__TRY(epx__random_bytes(random, sizeof random));
-    EPX__TRY(epx__random_bytes(server->token, sizeof server->token));
+    EPX__TRY(epx__random_fill(random, sizeof random));
+    EPX__TRY(epx__random_fill(server->token, sizeof server->token));
     size_t at = (size_t)snprintf(server->name, sizeof server->name, "epx-");
     for (size_t i = 0; i < sizeof random; i++)
         at += (size_t)snprintf(server->name + at, sizeof server->name - at, "%02x", random[i]);

@@ -16,7 +16,7 @@
 #include "base/clock.h"
 #include "base/fail.h"
 
-epx_status_t epx__random_bytes(void *out, size_t bytes)
+epx_status_t epx__random_fill(void *out, size_t bytes)
 {
     size_t done = 0;
     while (done < bytes) {

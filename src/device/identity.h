@@ -6,6 +6,6 @@
 
 #include <epx/status.h>
 
-epx_status_t epx__random_bytes(void *out, size_t bytes);
+epx_status_t epx__random_fill(void *out, size_t bytes);
 
 #endif
