@@ -1,0 +1,362 @@
+/*
+ * Rank 0's side of the rendezvous: let strangers in one by one, until every rank has said a good hello.
+ *
+ * A stranger gets a place among at most PENDING_MAX and HELLO_NS to say its hello. When all places are taken, the one
+ * that has been silent longest must go (a real rank tries again). Nothing it says is believed before its token is
+ * right. Whoever has the token and disagrees ends the rendezvous for all: the verdict goes to those who are here, and
+ * for GRACE_NS to those who still come.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "base/alloc.h"
+#include "base/fail.h"
+#include "base/log.h"
+#include "bootstrap/state.h"
+
+enum { PENDING_MAX = 64, ACCEPTS_A_TURN = 256, TICK_MS = 100 };
+#define HELLO_NS 2000000000ull
+#define GRACE_NS 2000000000ull
+#define NEWS_NS 100000000ull /* how often those who wait hear who has come */
+
+typedef struct pending {
+    epx__socket_t socket;
+    uint64_t since_ns;
+    uint32_t have;
+    uint8_t bytes[EPX__HELLO_BYTES];
+} pending_t;
+
+typedef struct root {
+    const epx__join_t *join;
+    epx__bootstrap_t *b; /* NULL: there was no memory */
+    epx__socket_t *listener;
+    uint32_t ranks, joined, strangers;
+    struct pollfd few_polls[1 + PENDING_MAX];
+    struct pollfd *polls; /* listener, pending, then links */
+    pending_t pending[PENDING_MAX];
+    uint8_t told[EPX__RANKS_MAX / 8]; /* who has heard the verdict */
+    bool news;                        /* somebody came or went since those who wait were told */
+    uint64_t news_ns;
+    epx_status_t verdict;
+    char words[EPX__WORDS_MAX];
+} root_t;
+
+size_t epx__join_refusal(epx_status_t status, const char *words, uint8_t bytes[EPX__FRAME_BYTES + EPX__WORDS_MAX])
+{
+    size_t length = strnlen(words, EPX__WORDS_MAX);
+    epx__frame_t frame = {.type = EPX__FRAME_REFUSE, .tag = (uint32_t)status, .bytes = (uint32_t)length};
+    epx__frame_encode(&frame, bytes);
+    memcpy(bytes + EPX__FRAME_BYTES, words, length);
+    return EPX__FRAME_BYTES + length;
+}
+
+static void refuse(epx__socket_t *socket, epx_status_t status, const char *words)
+{
+    uint8_t bytes[EPX__FRAME_BYTES + EPX__WORDS_MAX];
+    epx__socket_send_now(socket, bytes, epx__join_refusal(status, words, bytes));
+    epx__socket_close(socket);
+}
+
+static void present(const root_t *root, uint8_t bits[EPX__RANKS_MAX / 8])
+{
+    memset(bits, 0, EPX__RANKS_MAX / 8);
+    bits[0] = 1; /* this is rank 0 */
+    for (uint32_t rank = 1; root->b && rank < root->ranks; rank++)
+        if (root->b->link[rank].socket.open)
+            bits[rank / 8] |= (uint8_t)(1u << (rank % 8));
+}
+
+static void mark_told(root_t *root, uint32_t rank)
+{
+    root->told[rank / 8] |= (uint8_t)(1u << (rank % 8));
+}
+
+/* The end for all: tell those who are here. The first verdict stands. */
+static void decide(root_t *root, epx_status_t verdict, const char *words)
+{
+    if (root->verdict != EPX_OK)
+        return;
+    root->verdict = verdict;
+    snprintf(root->words, sizeof(root->words), "%s", words);
+    for (uint32_t rank = 1; root->b && rank < root->ranks; rank++) {
+        if (!root->b->link[rank].socket.open)
+            continue;
+        refuse(&root->b->link[rank].socket, verdict, words);
+        mark_told(root, rank);
+    }
+    root->joined = 0;
+}
+
+/* What those who have the token disagree about; false when nothing. */
+static bool disagree(const root_t *root, const epx__hello_t *hello, char *words, size_t room)
+{
+    const epx__hello_t *mine = &root->join->hello;
+    char who[160];
+    snprintf(who, sizeof(who), "rank %u (process %u on %s)", hello->rank, hello->pid, hello->host);
+    if (hello->protocol != mine->protocol)
+        snprintf(words, room, "%s speaks bootstrap protocol %u, rank 0 %u: all ranks need the same epx", who,
+                 hello->protocol, mine->protocol);
+    else if (hello->version != mine->version)
+        snprintf(words, room, "%s runs epx %u.%u.%u, rank 0 runs %u.%u.%u: all ranks need the same version", who,
+                 hello->version >> 16, hello->version >> 8 & 255, hello->version & 255, mine->version >> 16,
+                 mine->version >> 8 & 255, mine->version & 255);
+    else if (hello->sizes_hash != mine->sizes_hash)
+        snprintf(words, room, "%s runs another build of epx than rank 0: their structs have different sizes", who);
+    else if (hello->ranks != mine->ranks)
+        snprintf(words, room, "%s counts %u ranks in the group, rank 0 counts %u", who, hello->ranks, mine->ranks);
+    else if (hello->rank == 0 || hello->rank >= mine->ranks)
+        snprintf(words, room,
+                 "process %u on %s says that it is rank %u; the others are ranks 1 to %u (rank 0 is process "
+                 "%u on %s)",
+                 hello->pid, hello->host, hello->rank, mine->ranks - 1, mine->pid, mine->host);
+    else if (hello->config_hash != mine->config_hash)
+        snprintf(words, room, "%s has another configuration than rank 0: \"%s\", rank 0 \"%s\"", who,
+                 hello->config_words, mine->config_words);
+    else
+        return false;
+    return true;
+}
+
+static bool send_present(const root_t *root, const epx__socket_t *socket)
+{
+    uint8_t bytes[EPX__FRAME_BYTES + EPX__RANKS_MAX / 8];
+    epx__frame_t frame = {.type = EPX__FRAME_WAITING, .bytes = (root->ranks + 7) / 8};
+    epx__frame_encode(&frame, bytes);
+    present(root, bytes + EPX__FRAME_BYTES);
+    return epx__socket_send_now(socket, bytes, EPX__FRAME_BYTES + frame.bytes);
+}
+
+/* The connection of a rank that has come is still there. */
+static bool still_open(const epx__socket_t *socket)
+{
+    char byte;
+    ssize_t got = recv(socket->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
+}
+
+static void lose(root_t *root, uint32_t rank)
+{
+    epx__socket_close(&root->b->link[rank].socket);
+    root->joined--;
+    root->news = true;
+}
+
+static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hello)
+{
+    char words[EPX__WORDS_MAX];
+    bool differs = disagree(root, hello, words, sizeof(words));
+    bool known = hello->rank > 0 && hello->rank < root->ranks;
+    epx__connection_t *link = root->b && known ? &root->b->link[hello->rank] : NULL;
+    if (!differs && root->verdict == EPX_OK && link->socket.open && !still_open(&link->socket))
+        lose(root, hello->rank);
+    if (!differs && root->verdict == EPX_OK && link->socket.open) {
+        snprintf(words, sizeof(words),
+                 "two processes say that they are rank %u, the second is process %u on %s: every "
+                 "rank needs a number of its own",
+                 hello->rank, hello->pid, hello->host);
+        differs = true;
+    }
+    if (differs)
+        decide(root, EPX_E_MISMATCH, words);
+    if (hello->failure != EPX_OK) {
+        snprintf(words, sizeof(words), "rank %u (process %u on %s) cannot take part: %s", hello->rank, hello->pid,
+                 hello->host, epx__status_text((epx_status_t)hello->failure));
+        decide(root, EPX_E_PEER, words);
+    }
+    if (root->verdict != EPX_OK) {
+        refuse(&pending->socket, root->verdict, root->words);
+        if (known)
+            mark_told(root, hello->rank);
+        return;
+    }
+    epx__socket_move(&link->socket, &pending->socket);
+    root->joined++;
+    root->news = true;
+    if (!send_present(root, &link->socket))
+        lose(root, hello->rank);
+}
+
+static void turn_away(root_t *root, pending_t *pending)
+{
+    epx__socket_close(&pending->socket);
+    root->strangers++;
+}
+
+static void read_pending(root_t *root, pending_t *pending)
+{
+    ssize_t got =
+        recv(pending->socket.fd, pending->bytes + pending->have, EPX__HELLO_BYTES - pending->have, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (got <= 0) {
+        turn_away(root, pending);
+        return;
+    }
+    pending->have += (uint32_t)got;
+    if (!epx__hello_begins(pending->bytes, pending->have)) {
+        turn_away(root, pending);
+        return;
+    }
+    if (pending->have < EPX__HELLO_BYTES)
+        return;
+    epx__hello_t hello;
+    if (epx__hello_parse(pending->bytes, &hello)) {
+        turn_away(root, pending);
+    } else if (!epx__token_equal(hello.token, root->join->hello.token)) {
+        root->strangers++;
+        refuse(&pending->socket, EPX_E_MISMATCH,
+               "the rendezvous there belongs to another run: its token differs from the one given here");
+    } else {
+        take_hello(root, pending, &hello);
+    }
+}
+
+/* A free place; when there is none, the oldest of the silent, else the oldest, loses its. */
+static pending_t *find_place(root_t *root)
+{
+    pending_t *worst = NULL;
+    for (int i = 0; i < PENDING_MAX; i++) {
+        pending_t *pending = &root->pending[i];
+        if (!pending->socket.open)
+            return pending;
+        bool silent = pending->have == 0, worst_silent = worst && worst->have == 0;
+        if (!worst || (silent && !worst_silent) || (silent == worst_silent && pending->since_ns < worst->since_ns))
+            worst = pending;
+    }
+    turn_away(root, worst);
+    return worst;
+}
+
+static void accept_some(root_t *root)
+{
+    for (int i = 0; i < ACCEPTS_A_TURN; i++) {
+        epx__socket_t socket;
+        if (!epx__socket_accept(root->listener, &socket)) {
+            bool scarce = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+            if (scarce)
+                epx__sleep_ns(5000000); /* strangers hold the descriptors; their deadlines free them */
+            if (errno == EINTR || errno == ECONNABORTED)
+                continue;
+            return;
+        }
+        pending_t *pending = find_place(root);
+        epx__socket_move(&pending->socket, &socket);
+        pending->have = 0;
+        pending->since_ns = epx__now_ns();
+        read_pending(root, pending); /* a rank's hello is mostly there at once */
+    }
+}
+
+static int fill_polls(root_t *root)
+{
+    int count = 0;
+    root->polls[count++] = (struct pollfd){.fd = root->listener->fd, .events = POLLIN};
+    for (int i = 0; i < PENDING_MAX; i++)
+        root->polls[count++] =
+            (struct pollfd){.fd = root->pending[i].socket.open ? root->pending[i].socket.fd : -1, .events = POLLIN};
+    for (uint32_t rank = 0; root->b && rank < root->ranks; rank++) {
+        const epx__socket_t *socket = &root->b->link[rank].socket;
+        root->polls[count++] = (struct pollfd){.fd = socket->open ? socket->fd : -1, .events = POLLIN | POLLRDHUP};
+    }
+    return count;
+}
+
+static void turn(root_t *root, uint64_t until_ns)
+{
+    int count = fill_polls(root);
+    int wait_ms = epx__milliseconds_until(until_ns);
+    if (poll(root->polls, (nfds_t)count, wait_ms < TICK_MS ? wait_ms : TICK_MS) < 0)
+        return;
+    uint64_t now = epx__now_ns();
+    for (int i = 0; i < PENDING_MAX; i++) {
+        pending_t *pending = &root->pending[i];
+        if (pending->socket.open && root->polls[1 + i].revents)
+            read_pending(root, pending);
+        if (pending->socket.open && now - pending->since_ns > HELLO_NS)
+            turn_away(root, pending);
+    }
+    /* Whoever has come says nothing before it is welcomed: anything to read is its end, or a fault. */
+    for (int i = 1 + PENDING_MAX; i < count; i++) {
+        uint32_t rank = (uint32_t)(i - 1 - PENDING_MAX);
+        if (root->polls[i].revents && root->b->link[rank].socket.open)
+            lose(root, rank);
+    }
+    if (root->polls[0].revents)
+        accept_some(root);
+    for (uint32_t rank = 1; root->news && root->b && now - root->news_ns > NEWS_NS && rank < root->ranks; rank++)
+        if (root->b->link[rank].socket.open && !send_present(root, &root->b->link[rank].socket))
+            lose(root, rank);
+    if (root->news && now - root->news_ns > NEWS_NS) {
+        root->news = false;
+        root->news_ns = now;
+    }
+}
+
+static bool all_told(const root_t *root)
+{
+    for (uint32_t rank = 1; rank < root->ranks; rank++)
+        if (!(root->told[rank / 8] >> (rank % 8) & 1))
+            return false;
+    return true;
+}
+
+static void decide_timeout(root_t *root)
+{
+    uint8_t bits[EPX__RANKS_MAX / 8];
+    char missing[400], words[EPX__WORDS_MAX], strangers[80] = "";
+    present(root, bits);
+    epx__wire_missing(bits, sizeof(bits), root->ranks, missing, sizeof(missing));
+    if (root->strangers)
+        snprintf(strangers, sizeof(strangers), "; %u connections without a good hello were turned away",
+                 root->strangers);
+    snprintf(words, sizeof(words), "rendezvous: missing after %llu ms: rank %s (of %u ranks)%s",
+             (unsigned long long)root->join->timeout_ms, missing, root->ranks, strangers);
+    decide(root, EPX_E_TIMEOUT, words);
+}
+
+static epx_status_t serve(root_t *root)
+{
+    uint64_t deadline_ns = root->join->deadline_ns, grace_ns = 0;
+    if (!root->b)
+        decide(root, EPX_E_NOMEM, "rank 0 has no memory to make the group");
+    while (root->verdict != EPX_OK || root->joined + 1 < root->ranks) {
+        uint64_t now = epx__now_ns();
+        if (root->verdict != EPX_OK && !grace_ns)
+            grace_ns = now + GRACE_NS < deadline_ns ? now + GRACE_NS : deadline_ns;
+        if (root->verdict != EPX_OK && (all_told(root) || now >= grace_ns))
+            break;
+        if (root->verdict == EPX_OK && now >= deadline_ns) {
+            decide_timeout(root);
+            break;
+        }
+        turn(root, grace_ns ? grace_ns : deadline_ns);
+    }
+    for (int i = 0; i < PENDING_MAX; i++)
+        epx__socket_close(&root->pending[i].socket);
+    if (root->strangers)
+        epx__log(EPX__LOG_INFO, "rendezvous: %u connections without a good hello were turned away", root->strangers);
+    return root->verdict == EPX_OK ? EPX_OK : epx__fail(root->verdict, "%s", root->words);
+}
+
+epx_status_t epx__join_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
+{
+    uint32_t ranks = join->hello.ranks;
+    root_t *root = epx__calloc(1, sizeof(*root));
+    struct pollfd *polls = root && b ? epx__calloc(1 + PENDING_MAX + ranks, sizeof(*polls)) : NULL;
+    epx_status_t status;
+    if (root) {
+        root->join = join;
+        root->listener = listener;
+        root->ranks = ranks;
+        root->b = polls ? b : NULL;
+        root->polls = polls ? polls : root->few_polls;
+        status = serve(root);
+    } else {
+        status = epx__fail(EPX_E_NOMEM, "rendezvous: rank 0 has no memory to make the group");
+    }
+    epx__free(polls);
+    epx__free(root);
+    return status;
+}
