@@ -1,0 +1,113 @@
+/* epx info: what there is, what would be chosen, each with its reason; and the environment. */
+#include "commands.h"
+#include "options.h"
+#include "ranks.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+static void show(const char *what, const char *value, const char *why)
+{
+    printf("  %-12s %s%s%s\n", what, value, why && why[0] ? ": " : "", why ? why : "");
+}
+
+static void show_machine(void)
+{
+    char text[128];
+    struct utsname name;
+    printf("machine\n");
+    snprintf(text, sizeof text, "%ld online", sysconf(_SC_NPROCESSORS_ONLN));
+    show("cores", text, NULL);
+    snprintf(text, sizeof text, "%.1f GiB, %.1f GiB free",
+             (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / 1073741824.0,
+             (double)sysconf(_SC_AVPHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / 1073741824.0);
+    show("memory", text, NULL);
+    if (uname(&name) == 0) {
+        snprintf(text, sizeof text, "%.40s %.60s, %.20s", name.sysname, name.release, name.machine);
+        show("system", text, NULL);
+    }
+}
+
+static void show_backends(void)
+{
+    static const struct {
+        epx_backend_t backend;
+        const char *name;
+    } all[] = {{EPX_BACKEND_CPU, "cpu"}, {EPX_BACKEND_CUDA, "cuda"}};
+    printf("\nbackends\n");
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        const char *why = "";
+        epx_status_t status = epx_backend_usable(all[i].backend, &why);
+        show(all[i].name, status == EPX_OK ? "usable" : "not usable", why);
+    }
+}
+
+/* A group of --ranks ranks is made for a moment, and asked. */
+static int body(rank_t *rank)
+{
+    const epx_group_config_t *config = rank->user;
+    if (rank_join(rank, config))
+        return 1;
+    epx_group_info_t info = {.size = sizeof info};
+    epx_status_t status = epx_group_get_info(rank->group, &info);
+    if (status)
+        return rank_fail_epx(rank, "epx_group_get_info", status);
+    if (rank->rank == 0) {
+        char text[64];
+        printf("\nchoices for %d rank%s of this host\n", rank->ranks, rank->ranks == 1 ? "" : "s");
+        show("backend", info.backend == EPX_BACKEND_CUDA ? "cuda" : "cpu", info.backend_why);
+        snprintf(text, sizeof text, "%d of %d rank%s", info.domains, info.ranks_per_domain,
+                 info.ranks_per_domain == 1 ? "" : "s");
+        show("domains", text, info.domain_why);
+        snprintf(text, sizeof text, "%d a rank", info.threads);
+        show("threads", text, info.threads_why);
+        show("net", info.net ? info.net : "none", info.net_why);
+        fflush(stdout);
+    }
+    return rank_barrier(rank);
+}
+
+static void show_environment(void)
+{
+    printf("\nenvironment\n  %-24s %-16s %-16s %s\n", "variable", "value", "default", "meaning");
+    for (uint32_t i = 0;; i++) {
+        epx_env_entry_t entry = {.size = sizeof entry};
+        if (epx_env_get(i, &entry))
+            break;
+        printf("  %-24s %-16s %-16s %s\n", entry.name, entry.value ? entry.value : "(not set)",
+               entry.default_text ? entry.default_text : "", entry.meaning ? entry.meaning : "");
+    }
+}
+
+int command_info(int argc, char **argv)
+{
+    long ranks = 2, domains = 0;
+    int backend = 0;
+    const char *net = NULL;
+    const option_t table[] = {
+        {"--ranks", OPTION_NUMBER, &ranks, 1, RANKS_MAX, NULL, "N", "show the choices for N ranks; default 2"},
+        {"--backend", OPTION_CHOICE, &backend, 0, 0, "auto,cpu,cuda", "WHICH", "auto (default), cpu or cuda"},
+        {"--domains", OPTION_NUMBER, &domains, 1, RANKS_MAX, NULL, "D", "split the ranks into D domains"},
+        {"--net", OPTION_TEXT, &net, 0, 0, NULL, "NET", "network between domains"},
+    };
+    const option_set_t set = {"info", "What this machine offers, what epx would choose, each with its reason.",
+                              table,  sizeof table / sizeof *table,
+                              NULL,   NULL};
+    options_result_t parsed = options_parse(&set, argc, argv, NULL);
+    if (parsed)
+        return parsed == OPTIONS_WRONG ? 2 : 0;
+    if (domains && ranks % domains)
+        return options_refuse("info", "--domains %ld: domains have equal sizes, so they must divide --ranks %ld",
+                              domains, ranks);
+    show_machine();
+    show_backends();
+    epx_group_config_t config = {.backend = (epx_backend_t)backend, .net = net};
+    if (domains)
+        config.ranks_per_domain = (int)(ranks / domains);
+    ranks_config_t run = {.command = "info", .ranks = (int)ranks, .body = body, .user = &config};
+    int failed = ranks_run(&run);
+    show_environment();
+    return failed;
+}
