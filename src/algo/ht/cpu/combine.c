@@ -10,6 +10,7 @@
 
 #include "algo/ht/cpu/ht_cpu.h"
 #include "base/fail.h"
+#include "base/mutate.h"
 #include "plan/format.h"
 
 #define SUM_BYTES (4u << 20)   /* read by one step of summing, about */
@@ -166,6 +167,11 @@ static bool sum_step(combine_job_t *job)
     if (end == job->token)
         return false;
     job->token_end = end;
+    if (EPX__MUTATE(read_first)) {
+        tell_read(job, before);
+        for (int i = 0; i < job->ht->members; i++)
+            before[i] = job->lanes[i].cursor;
+    }
     epx__workers_run(job->ht->workers, sum_part, job);
     job->token = end;
     tell_read(job, before);
@@ -187,7 +193,7 @@ static void stage_part(void *context, int part, int parts)
         if (job->staged.row_bytes)
             epx__copy_row((uint8_t *)lane->ring.x + slot * job->row_bytes,
                           (const uint8_t *)job->args->x + row * job->stride, job->row_bytes, false);
-        if (job->staged.weights)
+        if (job->staged.topk)
             memcpy(lane->ring.topk_weights + slot * job->topk, job->args->topk_weights + row * job->topk,
                    4 * job->topk);
     }
@@ -200,6 +206,8 @@ static bool stage_step(combine_job_t *job, int member)
     if (lane->ring_rows == 0 || lane->in_staged == lane->in_count)
         return false;
     uint64_t room = lane->ring_rows - (peer->staged - epx__word_load(&peer->from_it->read));
+    if (EPX__MUTATE(stage_no_credit))
+        room = lane->ring_rows;
     uint64_t left = (uint64_t)(lane->in_count - lane->in_staged);
     uint64_t most = STAGE_BYTES / epx__row_shape_bytes(&job->staged) + 1;
     uint64_t rows = left < room ? left : room;
@@ -209,6 +217,8 @@ static bool stage_step(combine_job_t *job, int member)
     job->stage_member = member;
     job->stage_from = lane->in_staged;
     job->stage_to = lane->in_staged + (int32_t)rows;
+    if (EPX__MUTATE(staged_first))
+        epx__word_post(peer, &peer->to_it->staged, peer->staged + rows);
     epx__workers_run(job->ht->workers, stage_part, job);
     lane->in_staged += (int32_t)rows;
     peer->staged += rows;
@@ -261,7 +271,7 @@ static epx__step_t work(epx__half_t *half)
         if (peer == job->ht->self)
             continue;
         moved |= stage_step(job, i);
-        done &= epx__word_load(&peer->from_it->read) == peer->lent;
+        done &= epx__word_load(&peer->from_it->read) == peer->lent || EPX__MUTATE(x_reused_early);
     }
     return done ? EPX__STEP_DONE : moved ? EPX__STEP_MOVED : EPX__STEP_STUCK;
 }
@@ -327,7 +337,7 @@ static void lend(combine_job_t *job)
         if (peer == job->ht->self)
             continue;
         peer->lent += (uint64_t)job->lanes[i].in_count;
-        if (job->lanes[i].ring_rows > 0)
+        if (job->lanes[i].ring_rows > 0 || EPX__MUTATE(staged_direct_missing))
             continue;
         /* Read in place: all are there. Counted as staged, for `read` counts them too and a later ring compares the
          * two. The mail that follows wakes the reader. */

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "base/fail.h"
+#include "base/mutate.h"
 
 static uint64_t *alarm_of(uint8_t *window, const epx__window_layout_t *layout)
 {
@@ -25,7 +26,7 @@ static epx__bell_t *bell_of(uint8_t *window, const epx__window_layout_t *layout)
 
 static epx__message_t *mailbox(uint8_t *window, const epx__window_layout_t *layout, int source, uint64_t sequence)
 {
-    size_t slot = (size_t)source * 2 + (sequence & 1);
+    size_t slot = (size_t)source * 2 + (EPX__MUTATE(one_deep_mailbox) ? 0 : sequence & 1);
     return (epx__message_t *)(window + layout->mail_offset + slot * layout->message_bytes);
 }
 
@@ -101,10 +102,15 @@ static bool alarmed(const epx__half_t *half)
 static bool post_mail(epx__half_t *half, epx__ht_peer_t *peer)
 {
     epx__exchange_t *exchange = half->ht->exchange;
-    if (epx__word_load(&peer->from_it->consumed) + 2 < half->sequence)
+    uint64_t consumed = epx__word_load(&peer->from_it->consumed);
+    if (consumed + 2 < half->sequence && !EPX__MUTATE(no_consumed))
+        return false;
+    if (EPX__MUTATE(consumed_equal) && half->sequence > 2 && consumed + 2 != half->sequence)
         return false;
     epx__message_t *box = mailbox(peer->base, &exchange->layout, exchange->rank, half->sequence);
     epx__message_t message = {.kind = (uint32_t)half->kind, .generation = half->generation, .shape = half->shape};
+    if (EPX__MUTATE(sequence_first))
+        epx__word_post(peer, &box->sequence, half->sequence);
     if (half->fill)
         half->fill(half, peer, &message, box + 1);
     memcpy((uint8_t *)box + sizeof box->sequence, (uint8_t *)&message + sizeof message.sequence,
@@ -124,6 +130,8 @@ static const char *kind_name(uint32_t kind)
 static epx_status_t check_mail(epx__half_t *half, const epx__ht_peer_t *peer)
 {
     const epx__message_t *mail = &peer->mail;
+    if (EPX__MUTATE(no_kind_check))
+        return EPX_OK;
     if (mail->kind != (uint32_t)half->kind)
         return epx__half_fail(
             half, EPX_E_MISMATCH, peer->rank,
@@ -149,8 +157,11 @@ static epx__step_t read_mail(epx__half_t *half, epx__ht_peer_t *peer)
 {
     epx__exchange_t *exchange = half->ht->exchange;
     epx__message_t *box = mailbox(half->ht->window, &exchange->layout, peer->rank, half->sequence);
-    if (epx__word_load(&box->sequence) < half->sequence)
+    uint64_t there = epx__word_load(&box->sequence);
+    if (there < half->sequence && !(EPX__MUTATE(stale_mail) && there > 0))
         return EPX__STEP_STUCK;
+    if (EPX__MUTATE(consumed_first))
+        epx__word_post(peer, &peer->to_it->consumed, half->sequence);
     memcpy(&peer->mail, box, sizeof *box);
     if (check_mail(half, peer) != EPX_OK)
         return EPX__STEP_FAILED;
@@ -229,10 +240,16 @@ static epx_status_t check_stuck(epx__half_t *half)
     if (blame.rank < 0 && half->blame)
         half->blame(half, &blame);
     for (int i = 0; blame.rank >= 0 && i < half->ht->members; i++)
-        if (half->ht->peers[i].rank == blame.rank && epx__word_load(&half->ht->peers[i].from_it->closed))
+        if (half->ht->peers[i].rank == blame.rank && epx__word_load(&half->ht->peers[i].from_it->closed)) {
+            /* It may have done its part since the last look, and only then closed. */
+            half->last = step(half);
+            half->looked = true;
+            if (half->last != EPX__STEP_STUCK)
+                return EPX_OK;
             return epx__half_fail(half, EPX_E_PEER, blame.rank,
                                   "%s on rank %d waits for %s of rank %d, which has destroyed its buffer",
                                   half->operation, half->ht->exchange->rank, blame.stage, blame.rank);
+        }
     if (!epx__deadline_passed(&half->deadline))
         return EPX_OK;
     return epx__half_fail(
@@ -253,7 +270,7 @@ static epx_status_t run(epx__half_t *half)
         if (half->last == EPX__STEP_FAILED)
             return half->status;
         if (half->last == EPX__STEP_DONE)
-            return alarmed(half) ? alarm_words(half) : EPX_OK;
+            return alarmed(half) && !EPX__MUTATE(no_last_look) ? alarm_words(half) : EPX_OK;
         if (half->last == EPX__STEP_MOVED) {
             epx__waiter_progress(&half->waiter);
             half->deadline.start_ns = 0;
@@ -262,6 +279,8 @@ static epx_status_t run(epx__half_t *half)
         }
         half->stuck_polls++;
         EPX__TRY(check_stuck(half));
+        if (half->looked)
+            continue;
         epx__waiter_pause(&half->waiter, look, half);
     }
 }

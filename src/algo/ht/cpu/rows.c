@@ -10,6 +10,7 @@
 
 #include "algo/ht/cpu/ht_cpu.h"
 #include "base/fail.h"
+#include "base/mutate.h"
 
 #define PASS_BYTES (8u << 20)   /* sent by one step of a pass, about */
 #define RING_BYTES (1u << 20)   /* moved by one step of one ring, about */
@@ -169,10 +170,22 @@ static bool pass_start(rows_job_t *job, uint64_t stuck_polls)
     return true;
 }
 
+/* Mutation only: say that all rows are there before they are. */
+static void pass_tell_early(rows_job_t *job)
+{
+    for (int i = 0; i < job->ht->members; i++) {
+        epx__ht_peer_t *peer = &job->ht->peers[i];
+        if (job->lanes[i].in_pass && peer != job->ht->self)
+            epx__word_post(peer, &peer->to_it->sent, peer->sent + (uint64_t)job->lanes[i].count);
+    }
+}
+
 static bool pass_step(rows_job_t *job, uint64_t stuck_polls)
 {
     if (!job->passing && !pass_start(job, stuck_polls))
         return false;
+    if (EPX__MUTATE(sent_first))
+        pass_tell_early(job);
     uint32_t tokens = job->handle->args.tokens;
     uint32_t piece = (uint32_t)(PASS_BYTES / (job->rows->row_bytes + 1)) + 1;
     job->pass_end = tokens - job->pass_token < piece ? tokens : job->pass_token + piece;
@@ -213,7 +226,7 @@ static bool ring_step(rows_job_t *job, int member)
         return false;
     uint64_t in_ring = peer->sent - epx__word_load(&peer->from_it->taken);
     uint64_t left = (uint64_t)(lane->count - lane->cursor);
-    uint64_t room = lane->capacity - in_ring;
+    uint64_t room = EPX__MUTATE(no_credit) ? lane->capacity : lane->capacity - in_ring;
     int32_t rows = piece_rows(job, left < room ? left : room);
     if (left > 0 && room == 0)
         return false;
@@ -279,6 +292,8 @@ static bool drain_step(rows_job_t *job, int member)
     if (there == 0)
         return false;
     int32_t rows = job->target->own ? piece_rows(job, there) : (int32_t)there;
+    if (EPX__MUTATE(taken_first))
+        epx__word_post(peer, &peer->to_it->taken, peer->received + (uint64_t)rows);
     if (job->target->own) {
         job->piece_lane = lane;
         job->piece_member = member;
@@ -290,7 +305,7 @@ static bool drain_step(rows_job_t *job, int member)
     peer->received += (uint64_t)rows;
     if (job->target->own)
         epx__word_post(peer, &peer->to_it->taken, peer->received);
-    else
+    else if (!EPX__MUTATE(taken_direct_missing)) /* so that a later ring counts from the right number */
         __atomic_store_n(&peer->to_it->taken, peer->received, __ATOMIC_RELEASE);
     return true;
 }
@@ -326,7 +341,8 @@ static epx__step_t work(epx__half_t *half)
     for (int i = 0; i < job->ht->members; i++) {
         moved |= ring_step(job, i);
         moved |= drain_step(job, i);
-        done &= job->lanes[i].sent_all && job->lanes[i].in_cursor == job->lanes[i].in_count;
+        done &= job->lanes[i].sent_all;
+        done &= job->lanes[i].in_cursor == job->lanes[i].in_count || EPX__MUTATE(end_before_received);
     }
     return done ? EPX__STEP_DONE : moved ? EPX__STEP_MOVED : EPX__STEP_STUCK;
 }
