@@ -1,0 +1,251 @@
+"""Group, buffer, handles and leases of the C library, and how long each of them lives.
+
+A Core owns one epx_group_t and one epx_buffer_t. Leases (tensors over the window) and handles refer to it.
+
+Giving back: a lease or a handle may die in any thread, at any moment, in the middle of a call on the same buffer even
+(the garbage collector runs where it likes). The C library takes one call at a time per buffer. So a death only
+appends to `pending`; whoever holds the lock, or can take it without waiting, gives the entries back.
+
+The end: close() destroys the C objects once no lease is alive. Until then tensors over the window stay readable.
+At interpreter exit everything is destroyed, so that peers hear a clean leave.
+"""
+import atexit
+import ctypes
+import os
+import threading
+import weakref
+from collections import deque
+from ctypes import byref, c_uint64, c_void_p
+
+from . import _abi, _dlpack
+from .errors import Broken, Error, InvalidArgument
+
+_cores = weakref.WeakSet()
+
+
+class Core:
+    """One group with one buffer on it. See make_core."""
+
+    def __init__(self, group, buffer, info):
+        self.lib = _abi.library()
+        self.group, self.buffer = group, buffer
+        self.pid = os.getpid()
+        self.rank, self.ranks = info.rank, info.ranks
+        self.domains, self.ranks_per_domain = info.domains, info.ranks_per_domain
+        self.domain, self.domain_index = info.domain, info.domain_index
+        self.domain_of = list(info.domain_of[:info.ranks])
+        self.cuda = info.backend == _abi.BACKEND_CUDA
+        self.device = info.device
+        self.lock = threading.Lock()
+        self.pending = deque()
+        self.leases = 0  # alive; changed with the lock held
+        self.closing = False
+        _cores.add(self)
+
+    # -- calls --
+
+    def __enter__(self):
+        if not self.lock.acquire(timeout=-1):
+            raise Error("unreachable")
+        try:
+            self.check_usable()
+            self._give_back()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.lock.release()
+        if self.pending:
+            self.drain()
+
+    def check_usable(self):
+        """Raise unless calls can be made: not destroyed, and in the process that made it."""
+        if self.closing or not self.buffer:
+            raise Broken("this epx buffer was destroyed")
+        if os.getpid() != self.pid:
+            raise InvalidArgument("this epx buffer was made by process %d and does not work in its fork %d: make a "
+                                  "buffer in the child" % (self.pid, os.getpid()))
+
+    def check(self, status):
+        """Raise the C library's words unless `status` is EPX_OK."""
+        if status != _abi.OK:
+            raise _abi.error_of(status)
+
+    # -- giving back --
+
+    def release(self, kind, value, stream):
+        """From anywhere, __del__ too: give a lease or a handle back, now or with the next call."""
+        self.pending.append((kind, value, stream))
+        self.drain()
+
+    def drain(self):
+        while self.pending or (self.closing and self.buffer and not self.leases):
+            if not self.lock.acquire(False):
+                return  # its holder looks at `pending` when it is done
+            try:
+                if not self.buffer:
+                    self.pending.clear()
+                    return
+                self._give_back()
+                if self.closing and not self.leases:
+                    self._destroy()
+            finally:
+                self.lock.release()
+
+    def _give_back(self):
+        """With the lock held."""
+        if os.getpid() != self.pid:
+            self.pending.clear()
+            return
+        while self.pending:
+            kind, value, stream = self.pending.popleft()
+            if kind == "lease":
+                self.leases -= 1
+                self.lib.epx_lease_release(self.buffer, value, stream)
+            else:
+                self.lib.epx_handle_release(value, stream)
+
+    def close(self):
+        """Destroy now, or when the last tensor over the window is gone. Bounded, idempotent."""
+        self.closing = True
+        self.drain()
+
+    def _destroy(self):
+        """With the lock held."""
+        buffer, group = self.buffer, self.group
+        self.buffer = self.group = None
+        self.pending.clear()
+        if os.getpid() == self.pid:
+            self.lib.epx_buffer_destroy(buffer)
+            self.lib.epx_group_destroy(group)
+
+    # -- leases --
+
+    def lease(self, nbytes, stream=None):
+        """Window memory of `nbytes`: (Lease, address). Raises Busy when there is no room."""
+        number, memory = c_uint64(), c_void_p()
+        with self:
+            self.check(self.lib.epx_lease(self.buffer, nbytes, stream, byref(number), byref(memory)))
+            return self.own_lease(number.value, stream), memory.value
+
+    def own_lease(self, number, stream):
+        """The object whose death gives lease `number` back. With the lock held."""
+        self.leases += 1
+        return Lease(self, number, stream)
+
+    def allgather(self, data):
+        """All-gather of equally long bytes over the group: a list of bytes, by rank."""
+        out = ctypes.create_string_buffer(max(1, len(data) * self.ranks))
+        with self:
+            self.check(self.lib.epx_group_allgather(self.group, data, len(data), out))
+        n = len(data)
+        return [out.raw[i * n:(i + 1) * n] for i in range(self.ranks)]
+
+
+class Lease:
+    """Holds one lease; tensors over it hold this."""
+
+    __slots__ = ("core", "number", "stream")
+
+    def __init__(self, core, number, stream):
+        self.core, self.number, self.stream = core, number, stream
+
+    def __del__(self):
+        self.core.release("lease", self.number, self.stream)
+
+
+class CoreHandle:
+    """Holds one epx_handle_t: what a dispatch decided."""
+
+    __slots__ = ("core", "pointer", "stream", "tokens", "topk", "experts", "worst", "event", "__weakref__")
+
+    def __init__(self, core, pointer, stream):
+        self.core, self.pointer, self.stream = core, pointer, stream
+        self.tokens = self.topk = self.experts = self.worst = 0
+        self.event = None
+
+    def __del__(self):
+        if self.pointer and self.core.buffer:
+            self.core.release("handle", self.pointer, self.stream)
+            self.pointer = None
+
+
+def make_core(rank=0, ranks=0, allgather=None, unique_id=None, group_options=None, buffer_options=None):
+    """Join a group and make its buffer. Collective.
+
+    allgather        function(bytes) -> list of bytes by rank; or
+    unique_id        128 bytes from epx.unique_id(); or neither: torchrun's, mpirun's or srun's environment, else a
+                     group of one.
+    group_options    fields of epx_group_config_t; buffer_options of epx_buffer_config_t.
+    """
+    lib = _abi.library()
+    config = _abi.GroupConfig(rank=rank, ranks=ranks)
+    for name, value in (group_options or {}).items():
+        setattr(config, name, value)
+    keep, failure = [], []
+    if unique_id is not None:
+        if len(unique_id) != _abi.UNIQUE_ID_BYTES:
+            raise InvalidArgument("unique_id: %d bytes; epx.unique_id() makes %d" %
+                                  (len(unique_id), _abi.UNIQUE_ID_BYTES))
+        identity = _abi.UniqueId.from_buffer_copy(bytes(unique_id))
+        config.id = ctypes.pointer(identity)
+        keep.append(identity)
+    elif allgather is not None:
+        def gather(_context, mine, nbytes, everyone):
+            try:
+                parts = allgather(ctypes.string_at(mine, nbytes) if nbytes else b"")
+                data = b"".join(bytes(part) for part in parts)
+                if len(data) != nbytes * ranks:
+                    raise ValueError("the all-gather of the caller's group gave %d bytes, not %d x %d" %
+                                     (len(data), ranks, nbytes))
+                ctypes.memmove(everyone, data, len(data))
+                return 0
+            except BaseException as error:  # it cannot pass through C
+                failure.append(error)
+                return 1
+        callback = _abi.AllgatherFn(gather)
+        config.allgather = callback
+        keep.append(callback)
+
+    def check(status):
+        if status != _abi.OK:
+            error = _abi.error_of(status)
+            raise error from (failure[0] if failure else None)
+
+    group, buffer = c_void_p(), c_void_p()
+    check(lib.epx_group_create(byref(config), byref(group)))
+    try:
+        info = _abi.GroupInfo()
+        check(lib.epx_group_get_info(group, byref(info)))
+        settings = _abi.BufferConfig()
+        experts = (buffer_options or {}).pop("expert_rank", None)
+        for name, value in (buffer_options or {}).items():
+            setattr(settings, name, value)
+        if experts is not None:
+            array = (ctypes.c_int32 * len(experts))(*experts)
+            settings.expert_rank, settings.experts = array, len(experts)
+            keep.append(array)
+        check(lib.epx_buffer_create(group, byref(settings), byref(buffer)))
+    except BaseException:
+        lib.epx_group_destroy(group)
+        raise
+    return Core(group.value, buffer.value, info)
+
+
+@atexit.register
+def _at_exit():
+    """Tensors that outlive the interpreter must not call back into it; peers should hear that this rank left."""
+    if _abi._library is None:
+        return
+    _dlpack.disarm()
+    for core in list(_cores):
+        if os.getpid() != core.pid or not core.lock.acquire(timeout=1.0):
+            continue
+        try:
+            core.closing = True
+            if core.buffer:
+                core._destroy()
+        finally:
+            core.lock.release()
