@@ -50,7 +50,7 @@ epx_status_t epx__net_check_spec(const char *spec)
 
 epx_status_t epx__net_open(const char *spec, const epx__net_config_t *config, epx__net_t **net)
 {
-    int which;
+    int which = 0;
     epx__net_config_t filled = *config;
     EPX__TRY(spec_parse(spec, &which, &filled.argument));
     if (filled.peers_max == 0 || filled.puts_max == 0 || filled.notices_max == 0)
