@@ -69,7 +69,7 @@ void epx__copy_choose(bool *streaming, const char **why)
     static const char *const auto_why[] = {
         "off: this architecture has no streaming stores that epx knows",
         "on: streaming stores with SSE2 (auto)",
-        "on: streaming stores with AVX2 (auto)",
+        "on: streaming stores with SSE2 for copies, AVX2 for sums (auto)",
         "on: streaming stores with AVX-512 (auto)",
     };
     const char *text = epx__env_text(EPX__ENV_STREAMING);
@@ -90,81 +90,78 @@ void epx__copy_choose(bool *streaming, const char **why)
 
 #if defined(__x86_64__)
 
-static void stream_sse2(char *dst, const char *src, size_t bytes)
+/*
+ * A row in two halves at once: the first by streaming stores, the second by plain ones whose lines are asked for ahead.
+ * A core waits on different buffers for the two kinds, so together they are faster than either alone, for half the
+ * traffic that plain stores add. Measured, 117 MB of 14336-byte rows, each row to two places, one core of a 2.5 GHz
+ * Xeon (Cascade Lake, AVX-512): memcpy 22 to 24 ms, streaming stores only 21, plain with prefetch 17.5, both
+ * halves 17.2; streaming stores alone without reading anything 17.
+ *
+ * dst is 64-aligned in both versions and `half` a multiple of 128: dst[0, half) and dst[half, 2 * half) are written.
+ */
+#define AHEAD 1024 /* bytes; 512 to 2048 make no difference */
+
+static void stream_halves_sse2(char *dst, const char *src, size_t half)
 {
-    size_t i = 0;
-    for (; i + 64 <= bytes; i += 64) {
-        __m128i a = _mm_loadu_si128((const __m128i *)(src + i));
-        __m128i b = _mm_loadu_si128((const __m128i *)(src + i + 16));
-        __m128i c = _mm_loadu_si128((const __m128i *)(src + i + 32));
-        __m128i d = _mm_loadu_si128((const __m128i *)(src + i + 48));
-        _mm_stream_si128((__m128i *)(dst + i), a);
-        _mm_stream_si128((__m128i *)(dst + i + 16), b);
-        _mm_stream_si128((__m128i *)(dst + i + 32), c);
-        _mm_stream_si128((__m128i *)(dst + i + 48), d);
+    for (size_t i = 0; i < half; i += 64) {
+        const char *a = src + i, *b = src + half + i;
+        __m128i *to = (__m128i *)(dst + i), *plain = (__m128i *)(dst + half + i);
+        _mm_prefetch(a + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(b + AHEAD, _MM_HINT_T0);
+        if (i + AHEAD < half)
+            __builtin_prefetch((const char *)plain + AHEAD, 1);
+        for (int k = 0; k < 4; k++)
+            _mm_stream_si128(to + k, _mm_loadu_si128((const __m128i *)a + k));
+        for (int k = 0; k < 4; k++)
+            _mm_store_si128(plain + k, _mm_loadu_si128((const __m128i *)b + k));
     }
-    for (; i + 16 <= bytes; i += 16)
-        _mm_stream_si128((__m128i *)(dst + i), _mm_loadu_si128((const __m128i *)(src + i)));
-    if (i < bytes)
-        memcpy(dst + i, src + i, bytes - i);
 }
 
-/* dst is 64-aligned in the two below. */
-__attribute__((target("avx2"))) static void stream_avx2(char *dst, const char *src, size_t bytes)
+__attribute__((target("avx512f,prfchw"))) static void stream_halves_avx512(char *dst, const char *src, size_t half)
 {
-    size_t i = 0;
-    for (; i + 128 <= bytes; i += 128) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)(src + i));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(src + i + 32));
-        __m256i c = _mm256_loadu_si256((const __m256i *)(src + i + 64));
-        __m256i d = _mm256_loadu_si256((const __m256i *)(src + i + 96));
-        _mm256_stream_si256((__m256i *)(dst + i), a);
-        _mm256_stream_si256((__m256i *)(dst + i + 32), b);
-        _mm256_stream_si256((__m256i *)(dst + i + 64), c);
-        _mm256_stream_si256((__m256i *)(dst + i + 96), d);
+    for (size_t i = 0; i < half; i += 128) {
+        const char *a = src + i, *b = src + half + i;
+        char *to = dst + i, *plain = dst + half + i;
+        _mm_prefetch(a + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(a + AHEAD + 64, _MM_HINT_T0);
+        _mm_prefetch(b + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(b + AHEAD + 64, _MM_HINT_T0);
+        if (i + AHEAD < half) { /* never past the row: the next lines may be a peer's to write */
+            __builtin_prefetch(plain + AHEAD, 1);
+            __builtin_prefetch(plain + AHEAD + 64, 1);
+        }
+        __m512i a0 = _mm512_loadu_si512(a), a1 = _mm512_loadu_si512(a + 64);
+        __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
+        _mm512_stream_si512((__m512i *)to, a0);
+        _mm512_stream_si512((__m512i *)(to + 64), a1);
+        _mm512_store_si512(plain, b0);
+        _mm512_store_si512(plain + 64, b1);
     }
-    stream_sse2(dst + i, src + i, bytes - i);
-}
-
-__attribute__((target("avx512f"))) static void stream_avx512(char *dst, const char *src, size_t bytes)
-{
-    size_t i = 0;
-    for (; i + 256 <= bytes; i += 256) {
-        __m512i a = _mm512_loadu_si512(src + i);
-        __m512i b = _mm512_loadu_si512(src + i + 64);
-        __m512i c = _mm512_loadu_si512(src + i + 128);
-        __m512i d = _mm512_loadu_si512(src + i + 192);
-        _mm512_stream_si512((__m512i *)(dst + i), a);
-        _mm512_stream_si512((__m512i *)(dst + i + 64), b);
-        _mm512_stream_si512((__m512i *)(dst + i + 128), c);
-        _mm512_stream_si512((__m512i *)(dst + i + 192), d);
-    }
-    stream_sse2(dst + i, src + i, bytes - i);
 }
 
 static void stream_row(char *dst, const char *src, size_t bytes, epx__simd_t level)
 {
-    size_t head = (64 - ((uintptr_t)dst & 63)) & 63;
-    if (head > bytes)
-        head = bytes;
-    if (level >= EPX__SIMD_AVX2 && head > 0) { /* to a line's start; SSE2 needs none */
-        stream_sse2(dst, src, head);
-        dst += head;
-        src += head;
-        bytes -= head;
+    size_t head = (64 - ((uintptr_t)dst & 63)) & 63; /* to a line's start */
+    if (head >= bytes) {
+        memcpy(dst, src, bytes);
+        return;
     }
+    memcpy(dst, src, head);
+    dst += head;
+    src += head;
+    bytes -= head;
+    size_t half = bytes / 256 * 128;
     if (level >= EPX__SIMD_AVX512)
-        stream_avx512(dst, src, bytes);
-    else if (level == EPX__SIMD_AVX2)
-        stream_avx2(dst, src, bytes);
-    else
-        stream_sse2(dst, src, bytes);
+        stream_halves_avx512(dst, src, half);
+    else /* AVX2's 32-byte streaming stores are slower than 16-byte ones: 25 ms beside 21 */
+        stream_halves_sse2(dst, src, half);
+    memcpy(dst + 2 * half, src + 2 * half, bytes - 2 * half);
 }
 
 void epx__copy_row(void *dst, const void *src, size_t bytes, bool streaming)
 {
     epx__simd_t level = streaming ? epx__simd_level() : EPX__SIMD_NONE;
-    if (level == EPX__SIMD_NONE || ((uintptr_t)dst & 15) != 0)
+    if (level == EPX__SIMD_NONE)
         memcpy(dst, src, bytes);
     else
         stream_row(dst, src, bytes, level);
