@@ -1,0 +1,183 @@
+#!/bin/sh
+# The `epx` command from outside: every refusal is one line and exit code 2; small runs of demo, bench and check are right.
+#     test_cli.sh EPX refusals|demo|bench|check
+set -u
+EPX=$1 PART=$2
+DIR=$(mktemp -d)
+trap 'rm -rf "$DIR"' EXIT
+PASSED=0 FAILED=0
+
+note() { # WHAT: the last command's failure
+    echo "FAILED: $1"
+    sed 's/^/    | /' "$DIR/out" "$DIR/err" | head -n 20
+    FAILED=$((FAILED + 1))
+}
+
+# refuse WORD ARGUMENTS...: exit code 2, nothing on stdout, one line on stderr that begins with "epx" and holds WORD.
+refuse() {
+    word=$1
+    shift
+    "$EPX" "$@" >"$DIR/out" 2>"$DIR/err"
+    code=$?
+    if [ $code -eq 2 ] && [ ! -s "$DIR/out" ] && [ "$(wc -l <"$DIR/err")" -eq 1 ] && grep -q "^epx" "$DIR/err" &&
+        grep -qF -e "$word" "$DIR/err"; then
+        PASSED=$((PASSED + 1))
+    else
+        note "epx $* (exit code $code): 2 and one line with \"$word\" expected"
+    fi
+}
+
+# good WORD ARGUMENTS...: exit code 0 and WORD in what is printed.
+good() {
+    word=$1
+    shift
+    "$EPX" "$@" >"$DIR/out" 2>"$DIR/err"
+    code=$?
+    if [ $code -eq 0 ] && grep -qF -e "$word" "$DIR/out"; then
+        PASSED=$((PASSED + 1))
+    else
+        note "epx $* (exit code $code): 0 and \"$word\" expected"
+    fi
+}
+
+# bench ARGUMENTS...: right, and its JSON is JSON with every key, nothing wrong in it.
+bench() {
+    good dispatch bench --tokens 64 --hidden 256 --iters 3 --warmup 1 --json "$DIR/json" "$@"
+    python3 - "$DIR/json" >"$DIR/out" 2>"$DIR/err" <<'PY'
+import json, sys
+rows = json.load(open(sys.argv[1]))
+keys = ("op backend ranks domains net tokens hidden topk experts dtype sms time_us_median time_us_p99 logical_gbps "
+        "wire_gbps floor_us efficiency wrong").split()
+assert rows, "no objects"
+for row in rows:
+    assert sorted(row) == sorted(keys), sorted(row)
+    assert row["wrong"] == 0 and row["time_us_median"] > 0 and row["time_us_p99"] >= row["time_us_median"], row
+PY
+    if [ $? -eq 0 ]; then PASSED=$((PASSED + 1)); else note "the JSON of bench $*"; fi
+}
+
+refusals() {
+    refuse "a command is needed"
+    refuse "is no command" dance
+    refuse "is no command" help dance
+    refuse "one argument too many" help bench demo
+    refuse "one argument too many" version now
+    for command in demo bench info check; do
+        refuse "is no option" $command --rankz 2
+        refuse "is no option" $command -r 2
+        refuse "--ranks?" $command --rank 2
+        refuse "needs a value" $command --ranks
+        refuse "whole number" $command --ranks 0
+        refuse "whole number" $command --ranks 99999
+        refuse "whole number" $command --ranks two
+        refuse "whole number" $command --ranks 2x
+        refuse "whole number" $command --ranks ""
+        refuse "whole number" $command --ranks 99999999999999999999
+        refuse "whole number" $command --ranks=-1
+        refuse "auto,cpu,cuda" $command --backend tpu
+        refuse "auto,cpu,cuda" $command --backend cp
+        refuse "is empty" $command --net ""
+        refuse "must divide" $command --ranks 4 --domains 3
+    done
+    refuse "takes no value" demo --threads-as-ranks=yes
+    refuse "takes no value" check --threads-as-ranks=1
+    refuse "takes no value" bench --own-memory=1
+    refuse "takes no value" bench --no-floor=1
+    refuse "one argument too many" bench file
+    refuse "one argument too many" info file
+    refuse "one argument too many" check file
+    refuse "one argument too many" demo one two
+    refuse "dispatch,dispatch_cached" bench --op scatter
+    refuse "dispatch,dispatch_cached" bench --op dispatch,
+    refuse "at most 8" bench --op layout,layout,layout,layout,layout,layout,layout,layout,layout
+    refuse "bf16,fp16,fp32,fp8" bench --dtype int8
+    for option in --tokens --hidden --topk --experts --iters --warmup --sms --threads --seed --timeout; do
+        refuse "whole number" bench $option many
+        refuse "needs a value" bench $option
+        refuse "whole number" bench $option -1
+    done
+    refuse "multiple of 16 bytes" bench --hidden 100
+    refuse "multiple of 16 bytes" bench --hidden 8 --dtype fp8
+    refuse "are there to choose" bench --topk 9 --experts 8
+    refuse "whole number" bench --topk 33
+    refuse "combine adds" bench --op combine --dtype fp8
+    refuse "cannot be read" bench --routing "$DIR/nothing"
+    refuse "needs a value" bench --json
+    refuse "is empty" bench --routing ""
+    for option in --tokens --hidden --topk --experts --seed; do
+        refuse "whole number" demo $option many
+    done
+    refuse "multiple of 32" demo --hidden 100
+    refuse "are there to choose" demo --topk 9 --experts 8
+    refuse "cannot be read" demo "$DIR/nothing"
+    : >"$DIR/empty"
+    refuse "is empty" demo "$DIR/empty"
+    routing_files
+}
+
+# routing LINES...: a file of these lines.
+routing() {
+    printf '%s\n' "$@" >"$DIR/routing"
+}
+
+routing_files() {
+    routing "hello" && refuse "line 1" bench --routing "$DIR/routing"
+    routing "epx-routing 2 ranks 1 topk 1 experts 2" && refuse "line 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 0 topk 1 experts 2" && refuse "line 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 40 experts 2" && refuse "line 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 1 experts 2" && refuse "tokens T0" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 2 topk 1 experts 2" "tokens 1" && refuse "rank 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 1 experts 2" "tokens 1 1" && refuse "more than 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 1 experts 2" "tokens 2" 0 && refuse "ends after 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 1 experts 2" "tokens 1" 2 && refuse "line 3" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 2 experts 2" "tokens 1" "1 1" && refuse "twice" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 1 experts 2" "tokens 1" "1 0" && refuse "more than 1" bench --routing "$DIR/routing"
+    routing "epx-routing 1 ranks 1 topk 1 experts 2" "tokens 1" 1 1 && refuse "more tokens" bench --routing "$DIR/routing"
+}
+
+demo() {
+    good "0 wrong of" demo --backend cpu --tokens 300 --hidden 64
+    good "0 wrong of" demo --backend cpu --tokens 300 --hidden 64 --threads-as-ranks --ranks 3 --experts 7 --topk 3
+    good "0 wrong of" demo --backend cpu --tokens 2 --hidden 32 --ranks 4
+    good "0 wrong of" demo --backend cpu --ranks 1 --tokens 50 --experts 1 --topk 1 "$0"
+    good "usage: epx demo" demo --help
+}
+
+benches() {
+    for ranks in 1 2 3; do
+        bench --backend cpu --ranks $ranks --op dispatch,dispatch_cached,combine,layout
+    done
+    bench --backend cpu --ranks 2 --own-memory --dtype fp16
+    bench --backend cpu --ranks 3 --threads-as-ranks --routing zipf --dtype fp32 --experts 10 --topk 3
+    bench --backend cpu --ranks 2 --dtype fp8 --own-memory
+    bench --backend cpu --ranks 2 --no-floor --op dispatch --tokens 0
+    routing "# of a model" "epx-routing 1 ranks 2 topk 2 experts 4" "tokens 3 1" "0 1" "2 -1" "-1 -1  # nobody" "3 0"
+    bench --backend cpu --ranks 2 --routing "$DIR/routing"
+    bench --backend cpu --ranks 3 --routing "$DIR/routing"
+    good "usage: epx bench" bench --help
+    good "usage: epx bench" help bench
+}
+
+check() {
+    good "9 of 9 pairs work" check --backend cpu --ranks 3
+    good "1 of 1 pairs work" check --backend cpu --ranks 1
+    good "16 of 16 pairs work" check --backend cpu --ranks 4 --threads-as-ranks
+    good "EPX_TIMEOUT_MS" info --backend cpu
+    good "epx " version
+    good "epx " --version
+    good "usage: epx" help
+    good "usage: epx" --help
+}
+
+case $PART in
+refusals) refusals ;;
+demo) demo ;;
+bench)
+    command -v python3 >/dev/null || { echo "skipped: python3 is not there to read the JSON"; exit 77; }
+    benches
+    ;;
+check) check ;;
+*) echo "test_cli.sh: \"$PART\": refusals, demo, bench or check is needed" && exit 2 ;;
+esac
+echo "$PASSED checks passed, $FAILED failed"
+[ $FAILED -eq 0 ] && [ $PASSED -gt 0 ]
