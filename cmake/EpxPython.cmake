@@ -15,3 +15,12 @@ else()
     epx_missing(EPX_WITH_PYTHON "no Python 3.9 or newer was found (apt-get install python3)")
   endif()
 endif()
+
+# pip install . : the libraries go beside the package's modules, under plain names, since a wheel holds no links.
+if(SKBUILD)
+  get_property(plugins GLOBAL PROPERTY EPX_PLUGINS)
+  add_custom_target(epx_wheel DEPENDS epx ${plugins})
+  set_property(TARGET epx PROPERTY VERSION)
+  set_property(TARGET epx PROPERTY SOVERSION)
+  install(TARGETS epx ${plugins} LIBRARY DESTINATION epx COMPONENT wheel)
+endif()
