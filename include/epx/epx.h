@@ -169,6 +169,12 @@ typedef struct epx_buffer_config {
     uint32_t experts; /* length of expert_rank */
     int sms;          /* CUDA: SMs per call; default by docs/PERFORMANCE.md's formula */
     uint64_t timeout_ms;
+    /* Low latency (ll.h); all 0: the buffer has none. */
+    uint32_t ll_tokens_max;  /* M: tokens of one call on one rank */
+    uint32_t ll_hidden_max;  /* largest hidden of its rows */
+    uint32_t ll_slots;       /* calls in flight; default 2 */
+    int ll_zero_copy;        /* make the combine buffers */
+    int ll_mask_on_timeout;  /* a rank that misses a deadline is masked instead of being an error */
 } epx_buffer_config_t;
 
 /* Make window, channels and pools. Collective; every rank passes the same configuration (timeout_ms and sms may
