@@ -110,7 +110,8 @@ static void tell(epx__local_t *from, const epx__net_event_t *event)
     epx__local_drop(from);
 }
 
-/* All puts at `self` (of one source, or of all when from is NULL) end here. Sources are told LOST, `from` is not. */
+/* All puts at `self` end here and their sources are told LOST; with `from`, only those that would still read that
+ * source's memory, and nobody is told. (What has been SENT arrives though its source has gone.) */
 static void cancel(sim_t *self, epx__local_t *from)
 {
     for (;;) {
@@ -118,7 +119,7 @@ static void cancel(sim_t *self, epx__local_t *from)
         epx__net_event_t event = {0, 0, 0, 0};
         pthread_mutex_lock(&self->local.lock);
         uint32_t at = self->used;
-        while (at && from && self->puts[at - 1].from != from)
+        while (at && from && (self->puts[at - 1].from != from || self->puts[at - 1].done.kind == 0))
             at = self->puts[at - 1].next;
         if (at) {
             source = self->puts[at - 1].from;

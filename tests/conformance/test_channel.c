@@ -1,0 +1,405 @@
+/*
+ * Port channels over every network of the build: order, windows, credit, adds, several producers, faults.
+ *
+ *     test_channel             loop, sim with many seeds, ofi:tcp and ofi:shm where they are
+ *     test_channel SPEC        that one
+ */
+#include "common/channels.h"
+
+#include <stdio.h>
+
+#include "base/fail.h"
+
+static const char *spec;
+static uint64_t timeout_ms = 10000;
+
+static epx__channels_config_t plain(uint32_t channels, uint32_t window, uint32_t fifo)
+{
+    return (epx__channels_config_t){.net = spec,
+                                    .address = "127.0.0.1",
+                                    .channels = channels,
+                                    .window = window,
+                                    .fifo_slots = fifo,
+                                    .timeout_ms = timeout_ms};
+}
+
+/* ---- rows through a ring of places, numbered, both ways, with a reader that gives places back ---- */
+
+enum { PLACES = 4, ROW = 192 };
+
+typedef struct ring_job {
+    uint32_t rows;
+    int puts_signal; /* put + signal in turns with put_signal */
+} ring_job_t;
+
+static void make_row(unsigned char *row, int from, uint32_t channel, uint64_t number)
+{
+    uint64_t tag = number * 1000003u + channel * 101u + (uint64_t)from;
+    memcpy(row, &tag, 8);
+    for (int i = 8; i < ROW; i++)
+        row[i] = (unsigned char)(tag * 31 + (uint64_t)i * 7);
+}
+
+static int row_is(const unsigned char *row, int from, uint32_t channel, uint64_t number)
+{
+    unsigned char want[ROW];
+    make_row(want, from, channel, number);
+    return memcmp(row, want, ROW) == 0;
+}
+
+/* Memory of a rank: [peer][channel][PLACES] rows that come, then the same of rows that go. A signal of the peer's on
+ * channel 2k is a row, on 2k + 1 a place that is free again. */
+static void ring_body(net_rank_t *self)
+{
+    const ring_job_t *job = self->argument;
+    int ranks = self->world->ranks;
+    uint32_t pairs = self->channels->channels / 2;
+    size_t half = (size_t)ranks * pairs * PLACES * ROW;
+    uint64_t sent[NET_RANKS_MAX][4] = {{0}}, read[NET_RANKS_MAX][4] = {{0}};
+    uint64_t left = (uint64_t)(ranks - 1) * pairs * job->rows * 2;
+    uint32_t turn = 0;
+    epx__deadline_t deadline = epx__deadline_ms(timeout_ms);
+    while (left) {
+        bool moved = false;
+        for (int p = 0; p < ranks; p++)
+            for (uint32_t k = 0; k < pairs && p != self->rank; k++) {
+                const epx_port_channel_t *rows = net_port(self, p, 2 * k), *frees = net_port(self, p, 2 * k + 1);
+                uint64_t n = sent[p][k];
+                if (n < job->rows && (n < PLACES || epx_port_reached(frees->signals, n - PLACES + 1))) {
+                    size_t place = n % PLACES * ROW;
+                    size_t from = half + ((size_t)p * pairs + k) * PLACES * ROW + place;
+                    size_t to = ((size_t)self->rank * pairs + k) * PLACES * ROW + place;
+                    make_row((unsigned char *)self->memory + from, self->rank, k, n);
+                    epx_status_t status;
+                    if (job->puts_signal && n % 2) {
+                        status = epx_port_put(rows, 0, to, from, ROW);
+                        if (status == EPX_OK)
+                            status = epx_port_signal(rows);
+                    } else
+                        status = epx_port_put_signal(rows, 0, to, from, ROW);
+                    CHECK(status == EPX_OK, "%s put: %s: %s", spec, epx__status_name(status), self->channels->words);
+                    if (status != EPX_OK)
+                        return;
+                    sent[p][k]++;
+                    left--;
+                    moved = true;
+                }
+                if (read[p][k] < job->rows && epx_port_reached(rows->signals, read[p][k] + 1)) {
+                    size_t place = ((size_t)p * pairs + k) * PLACES * ROW + read[p][k] % PLACES * ROW;
+                    int right = row_is((unsigned char *)self->memory + place, p, k, read[p][k]);
+                    CHECK(right, "%s: rank %d: row %llu of rank %d is not there at its signal", spec, self->rank,
+                          (unsigned long long)read[p][k], p);
+                    memset(self->memory + place, 0xee, ROW);
+                    CHECK(epx_port_signal(frees) == EPX_OK, "free");
+                    read[p][k]++;
+                    left--;
+                    moved = true;
+                    if (!right)
+                        return;
+                }
+            }
+        turn = moved ? 0 : turn + 1;
+        epx_host_wait_turn(turn);
+        if (moved)
+            deadline = epx__deadline_ms(timeout_ms);
+        else if (epx__deadline_passed(&deadline)) {
+            CHECK(0, "%s: rank %d: %llu steps left and nothing moves: %s", spec, self->rank, (unsigned long long)left,
+                  self->channels->words);
+            return;
+        }
+    }
+    for (int p = 0; p < ranks; p++)
+        if (p != self->rank)
+            CHECK(epx_port_flush(net_port(self, p, 0)) == EPX_OK, "flush");
+}
+
+static void test_ring(int ranks, uint32_t rows, uint32_t window, uint32_t fifo, uint32_t pairs, uint32_t proxies)
+{
+    epx__channels_config_t config = plain(pairs * 2, window, fifo);
+    ring_job_t job = {rows, 1};
+    config.proxies = proxies;
+    net_world_run(ranks, &config, (size_t)ranks * pairs * PLACES * ROW * 2, ring_body, &job);
+}
+
+/* ---- adds, by several producers of one rank on the same channel ---- */
+
+enum { PRODUCERS = 3 };
+
+typedef struct producer {
+    net_rank_t *rank;
+    int number;
+    uint32_t adds;
+} producer_t;
+
+static int64_t value_of(uint64_t i) /* 0, negative, large */
+{
+    static const int64_t values[] = {0, 3, -7, 0, INT64_C(1) << 40, -(INT64_C(1) << 41), 1, 0};
+    return values[i % 8];
+}
+
+static void *producer_main(void *argument)
+{
+    producer_t *self = argument;
+    int to = self->rank->rank == 0 ? 1 : 0;
+    for (uint32_t i = 0; i < self->adds; i++) {
+        epx_status_t status =
+            epx_port_atomic_add(net_port(self->rank, to, 0), 0, (size_t)self->number * 8, value_of(i));
+        if (status == EPX_OK) /* all together in one word, by steps of one */
+            status = epx_port_atomic_add(net_port(self->rank, to, 0), 0, PRODUCERS * 8, 1);
+        CHECK(status == EPX_OK, "%s add: %s: %s", spec, epx__status_name(status), self->rank->channels->words);
+        if (status != EPX_OK)
+            break;
+    }
+    return NULL;
+}
+
+static void add_body(net_rank_t *self)
+{
+    uint32_t adds = *(uint32_t *)self->argument;
+    pthread_t threads[PRODUCERS];
+    producer_t producers[PRODUCERS];
+    int to = self->rank == 0 ? 1 : 0;
+    for (int p = 0; p < PRODUCERS; p++) {
+        producers[p] = (producer_t){self, p, adds};
+        pthread_create(&threads[p], NULL, producer_main, &producers[p]);
+    }
+    for (int p = 0; p < PRODUCERS; p++)
+        pthread_join(threads[p], NULL);
+    CHECK(epx_port_flush(net_port(self, to, 0)) == EPX_OK, "%s flush: %s", spec, self->channels->words);
+    CHECK(epx_channels_barrier(self->channels) == EPX_OK, "%s barrier: %s", spec, epx__detail());
+    int64_t sum = 0;
+    for (uint32_t i = 0; i < adds; i++)
+        sum += value_of(i);
+    const int64_t *words = (const int64_t *)(const void *)self->memory;
+    for (int p = 0; p < PRODUCERS; p++)
+        CHECK(__atomic_load_n(&words[p], __ATOMIC_ACQUIRE) == sum, "%s: rank %d, producer %d: %lld, not %lld", spec,
+              self->rank, p, (long long)words[p], (long long)sum);
+    CHECK(__atomic_load_n(&words[PRODUCERS], __ATOMIC_ACQUIRE) == PRODUCERS * (int64_t)adds, "%s: %lld adds", spec,
+          (long long)words[PRODUCERS]);
+}
+
+static void test_adds(uint32_t adds, uint32_t window, uint32_t fifo)
+{
+    epx__channels_config_t config = plain(1, window, fifo);
+    net_world_run(2, &config, 4096, add_body, &adds);
+}
+
+/* ---- one request at a time: its credit must come though nothing follows ---- */
+
+static void idle_body(net_rank_t *self)
+{
+    for (uint32_t i = 0; i < 40 && self->rank == 0; i++) {
+        const epx_port_channel_t *channel = net_port(self, 1, i % 3);
+        for (uint32_t k = 0; k <= i % 5; k++)
+            CHECK(epx_port_atomic_add(channel, 0, 0, k) == EPX_OK, "add");
+        epx_status_t status = epx_port_flush(channel);
+        CHECK(status == EPX_OK, "%s: flush %u: %s", spec, i, epx__status_name(status));
+        if (status != EPX_OK)
+            return;
+    }
+}
+
+static void test_idle_credit(void)
+{
+    epx__channels_config_t config = plain(3, 8, 16);
+    net_world_run(2, &config, 4096, idle_body, NULL);
+}
+
+/* ---- barrier: nobody passes before all have come, and what was put before is there ---- */
+
+static void barrier_body(net_rank_t *self)
+{
+    int ranks = self->world->ranks;
+    for (uint64_t round = 1; round <= 50; round++) {
+        memcpy(self->memory + 2048 + (round % 2) * 8, &round, 8);
+        for (int p = 0; p < ranks; p++)
+            if (p != self->rank)
+                epx_port_put(net_port(self, p, (uint32_t)round % 2), 0, (size_t)self->rank * 16 + (round % 2) * 8,
+                             2048 + (round % 2) * 8, 8);
+        epx_status_t status = epx_channels_barrier(self->channels);
+        CHECK(status == EPX_OK, "%s: %s", spec, epx__detail());
+        if (status != EPX_OK)
+            return;
+        for (int p = 0; p < ranks; p++) {
+            uint64_t there;
+            memcpy(&there, self->memory + p * 16 + (round % 2) * 8, 8);
+            CHECK(p == self->rank || there == round, "%s: rank %d sees %llu of rank %d in round %llu", spec, self->rank,
+                  (unsigned long long)there, p, (unsigned long long)round);
+        }
+    }
+}
+
+static void test_barrier(int ranks, uint32_t proxies)
+{
+    epx__channels_config_t config = plain(2, 16, 32);
+    config.proxies = proxies;
+    net_world_run(ranks, &config, 4096, barrier_body, NULL);
+}
+
+/* ---- what is refused, and in what words ---- */
+
+static void range_body(net_rank_t *self)
+{
+    CHECK(epx_port_signal(net_port(self, self->rank, 0)) == EPX_E_INVALID, "a channel to oneself");
+    CHECK(epx_port_wait(net_port(self, self->rank, 0), 1) == EPX_E_INVALID, "a channel to oneself");
+    if (self->rank == 0) {
+        const epx_port_channel_t *channel = net_port(self, 1, 1);
+        CHECK(epx_port_put(channel, 0, 4090, 0, 8) == EPX_OK, "pushed: only the proxy knows");
+        CHECK(epx_port_flush(channel) == EPX_E_INVALID, "its fault");
+        CHECK(epx_channels_status(self->channels) == EPX_E_INVALID, "status");
+        CHECK(strstr(epx__detail(), "4090") != NULL, "words: %s", epx__detail());
+        CHECK(epx_port_signal(net_port(self, 2, 0)) == EPX_OK && epx_port_flush(net_port(self, 2, 0)) == EPX_OK,
+              "channels to others go on: %s", epx__detail());
+    }
+    if (self->rank == 2) {
+        CHECK(epx_port_wait(net_port(self, 0, 0), 1) == EPX_OK, "from rank 0");
+        const epx_port_channel_t *channel = net_port(self, 1, 0);
+        CHECK(epx_port_atomic_add(channel, 0, 4, 1) == EPX_OK, "pushed: only the target knows");
+    }
+    if (self->rank == 1) { /* the target says so in words */
+        epx__deadline_t deadline = epx__deadline_ms(5000);
+        while (epx_channels_status(self->channels) == EPX_OK && !epx__deadline_passed(&deadline))
+            epx_host_wait_turn(2000);
+        CHECK(epx_channels_status(self->channels) == EPX_E_INVALID, "status");
+        CHECK(strstr(epx__detail(), "multiple of 8") && strstr(epx__detail(), "rank 2"), "words: %s", epx__detail());
+    }
+}
+
+static void test_ranges(void)
+{
+    epx__channels_config_t config = plain(2, 16, 32);
+    config.timeout_ms = 1000;
+    net_world_run(3, &config, 4096, range_body, NULL);
+}
+
+static epx_status_t alone(void *context, const void *mine, size_t bytes, void *all)
+{
+    int ranks = *(int *)context;
+    for (int r = 0; r < ranks; r++)
+        memcpy((char *)all + (size_t)r * bytes, mine, bytes);
+    return EPX_OK;
+}
+
+static epx_status_t refused(int ranks, uint32_t channels, uint32_t window, uint32_t fifo, uint32_t proxies)
+{
+    static char memory[4096];
+    epx_channel_memory_t memories = {memory, sizeof memory, 0};
+    epx__channels_t *none = NULL;
+    epx__channels_config_t config = plain(channels, window, fifo);
+    config.ranks = ranks;
+    config.proxies = proxies;
+    config.memories = &memories;
+    config.memory_count = 1;
+    config.allgather = alone;
+    config.allgather_context = &ranks;
+    epx_status_t status = epx__channels_create(&config, &none);
+    epx__channels_destroy(none);
+    return status;
+}
+
+static void test_refused(void)
+{
+    CHECK(refused(1, 1, 16, 16, 1) == EPX_OK, "a rank alone: %s", epx__detail());
+    CHECK(refused(1, 1, 12, 16, 1) == EPX_E_INVALID, "window");
+    CHECK(refused(1, 1, 65536, 16, 1) == EPX_E_INVALID, "window");
+    CHECK(refused(1, 1, 16, 10, 1) == EPX_E_INVALID, "FIFO");
+    CHECK(refused(1, 1, 16, 16, 100) == EPX_OK, "more proxies than ranks: as many as ranks");
+    CHECK(refused(4096, 64, 32768, 1024, 1) == EPX_E_INVALID, "lanes of 32 bits");
+    CHECK(strstr(epx__detail(), "32 bits") != NULL, "words: %s", epx__detail());
+    CHECK(refused(2, 1, 16, 16, 1) == EPX_E_MISMATCH, "a record that is not of that rank");
+}
+
+/* ---- a rank goes ---- */
+
+static void death_body(net_rank_t *self)
+{
+    if (self->rank == 2) {
+        epx__channels_destroy(self->channels);
+        self->channels = NULL;
+        return;
+    }
+    epx__sleep_ns(20000000);
+    const epx_port_channel_t *dead = net_port(self, 2, 0), *living = net_port(self, 1 - self->rank, 0);
+    epx_status_t status = EPX_OK;
+    epx__deadline_t deadline = epx__deadline_ms(8000);
+    for (int i = 0; status == EPX_OK && !epx__deadline_passed(&deadline); i++) {
+        status = epx_port_signal(dead);
+        if (status == EPX_OK)
+            status = epx_port_flush(dead);
+    }
+    CHECK(status == EPX_E_PEER || status == EPX_E_TIMEOUT, "%s: %s", spec, epx__status_name(status));
+    if (status == EPX_E_PEER) {
+        CHECK(strstr(self->channels->words, "rank 2 has left"), "words: %s", self->channels->words);
+        CHECK(epx_channels_status(self->channels) == EPX_OK, "a clean leave is no fault: %s", epx__detail());
+    }
+    for (int i = 0; i < 20; i++)
+        CHECK(epx_port_signal(living) == EPX_OK, "the living");
+    CHECK(epx_port_flush(living) == EPX_OK && epx_port_wait(living, 20) == EPX_OK, "%s: the living: %s", spec,
+          epx__status_name((epx_status_t)*living->fault));
+}
+
+static void test_death(void)
+{
+    epx__channels_config_t config = plain(1, 16, 32);
+    config.timeout_ms = 3000;
+    net_world_run(3, &config, 4096, death_body, NULL);
+}
+
+static void suite(uint32_t rows, int full)
+{
+    test_ring(2, rows, 4, 2, 1, 1);
+    test_adds(rows, 4, 4);
+    test_idle_credit();
+    if (!full)
+        return;
+    test_ring(3, rows / 2, 8, 8, 2, 1);
+    test_ring(4, rows / 4, 16, 16, 1, 2);
+    test_barrier(2, 1);
+    test_barrier(4, 3);
+    test_ranges();
+    test_refused();
+    test_death();
+}
+
+static int here(const char *name)
+{
+    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
+    epx__net_t *net = NULL;
+    spec = name;
+    epx_status_t status = epx__net_open(name, &config, &net);
+    if (status != EPX_OK)
+        printf("%s: not here: %s\n", name, epx__detail());
+    epx__net_close(net);
+    return status == EPX_OK;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 2)
+        timeout_ms = (uint64_t)atoi(argv[2]);
+    if (argc > 1) {
+        if (!here(argv[1]))
+            SKIP("that network is not here");
+        suite(1000, 1);
+        return check_done();
+    }
+    if (here("loop"))
+        suite(2000, 1);
+    for (int seed = 1; seed <= 20; seed++) {
+        char name[32];
+        snprintf(name, sizeof name, "sim:%d", seed);
+        if (here(name))
+            suite(200, seed <= 2);
+    }
+    int there = 0;
+    if (here("ofi:tcp")) {
+        there++;
+        suite(1000, 1);
+    }
+    if (here("ofi:shm")) {
+        there++;
+        suite(200, 0);
+    }
+    printf("%d of 2 libfabric providers were here\n", there);
+    return check_done();
+}
