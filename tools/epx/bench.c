@@ -48,7 +48,7 @@ static int share_memory(bench_t *bench)
     /* Rounded down: the floor may move less than the library, never more. */
     bench->floor_row_bytes = (bench->row_bytes + bench->side_bytes) / 16 * 16;
     bench->floor_area = calloc((size_t)work->ranks, sizeof *bench->floor_area);
-    size_t times = (BENCH_OPS + 2) * (size_t)options->iters * (size_t)options->ranks;
+    size_t times = 2 * BENCH_OPS * (size_t)options->iters * (size_t)options->ranks;
     bench->result = ranks_share(sizeof *bench->result + times * sizeof(double));
     for (int r = 0; r < work->ranks && bench->floor_area; r++) {
         bench->floor_area[r] = bench->floor_shared_bytes;

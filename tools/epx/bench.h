@@ -49,12 +49,12 @@ void bench_work_fini(bench_work_t *work);
 
 /* What the ranks write for the report; memory shared by all. */
 typedef struct bench_result {
-    char backend[16], net[64], floor_name[2][64];
+    char backend[16], net[64], floor_name[BENCH_OPS][64];
     char backend_why[200], domain_why[200], threads_why[200], net_why[200];
     int domains, threads, device;
-    bool has_floor[2]; /* by floor_kind_t */
+    bool has_floor[BENCH_OPS]; /* measured in turn with each operation */
     uint64_t wrong[BENCH_OPS];
-    double times[]; /* [BENCH_OPS + 2 floors][iters][ranks] us */
+    double times[]; /* [2 * BENCH_OPS: the operations, then their floors][iters][ranks] us */
 } bench_result_t;
 
 typedef struct bench {

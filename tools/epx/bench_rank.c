@@ -351,7 +351,7 @@ static int time_floor(bench_rank_t *self, floor_kind_t kind, int variant, double
 }
 
 /* The variant whose median over some passes of the slowest rank is least; all ranks find the same. */
-static int best_variant(bench_rank_t *self, floor_kind_t kind, int *best)
+static int best_variant(bench_rank_t *self, bench_op_t op, floor_kind_t kind, int *best)
 {
     double least = 0;
     for (int variant = 0; variant < self->mem->floor_variants(self->floor, kind); variant++) {
@@ -375,7 +375,7 @@ static int best_variant(bench_rank_t *self, floor_kind_t kind, int *best)
         }
     }
     if (!self->rank->rank)
-        snprintf(self->bench->result->floor_name[kind], sizeof self->bench->result->floor_name[kind], "%s",
+        snprintf(self->bench->result->floor_name[op], sizeof self->bench->result->floor_name[op], "%s",
                  self->mem->floor_variant_name(self->floor, kind, *best));
     return 0;
 }
@@ -391,7 +391,7 @@ static int time_op(bench_rank_t *self, call_t *call)
     char stage[64];
     snprintf(stage, sizeof stage, "timing %s", bench_op_names[call->op]);
     rank_stage(self->rank, stage, (uint32_t)(bench->options.iters + bench->options.warmup));
-    if (with_floor && best_variant(self, kind, &best))
+    if (with_floor && best_variant(self, call->op, kind, &best))
         return 1;
     for (int i = 0; i < bench->options.warmup; i++)
         if (time_call(self, call, &unused))
@@ -401,11 +401,11 @@ static int time_op(bench_rank_t *self, call_t *call)
             if (time_call(self, call, &bench_times(bench, (int)call->op, j)[me]))
                 return 1;
         for (int j = i; j < iters && j < i + BLOCK && with_floor; j++)
-            if (time_floor(self, kind, best, &bench_times(bench, BENCH_OPS + (int)kind, j)[me]))
+            if (time_floor(self, kind, best, &bench_times(bench, BENCH_OPS + (int)call->op, j)[me]))
                 return 1;
     }
     if (!me && with_floor)
-        bench->result->has_floor[kind] = true;
+        bench->result->has_floor[call->op] = true;
     return 0;
 }
 

@@ -43,7 +43,6 @@ static double p99(const double *sorted, long count)
 static line_t line_of(const bench_t *bench, bench_op_t op, double *scratch)
 {
     const bench_options_t *options = &bench->options;
-    floor_kind_t kind = op == BENCH_COMBINE ? FLOOR_COMBINE : FLOOR_DISPATCH;
     line_t line = {NAN, NAN, NAN, NAN, NAN, NAN};
     slowest_ranks(bench, (int)op, scratch);
     line.median_us = median(scratch, options->iters);
@@ -53,8 +52,8 @@ static line_t line_of(const bench_t *bench, bench_op_t op, double *scratch)
     double row = (double)(bench->row_bytes + (op == BENCH_COMBINE ? 0 : bench->side_bytes)) / (double)options->ranks;
     line.logical_gbps = (double)bench->work.logical_rows * row / line.median_us * 1e-3;
     line.wire_gbps = (double)bench->work.wire_rows * row / line.median_us * 1e-3;
-    if (bench->result->has_floor[kind]) {
-        slowest_ranks(bench, BENCH_OPS + (int)kind, scratch);
+    if (bench->result->has_floor[op]) {
+        slowest_ranks(bench, BENCH_OPS + (int)op, scratch);
         line.floor_us = median(scratch, options->iters);
         line.efficiency = line.floor_us / line.median_us;
     }
@@ -78,10 +77,10 @@ static void print_head(const bench_t *bench)
            options->seed, options->own_memory ? "the caller's memory" : "leases");
     printf("# timing   median and p99 of %ld iterations after %ld, each by its slowest rank\n", options->iters,
            options->warmup);
-    for (int kind = 0; kind < 2; kind++)
-        if (result->has_floor[kind])
-            printf("# floor    %s: %s\n", kind == FLOOR_DISPATCH ? "the same rows copied" : "the same sums",
-                   result->floor_name[kind]);
+    for (int op = 0; op < BENCH_OPS; op++)
+        if (result->has_floor[op])
+            printf("# floor    of %s: the same rows %s, %s\n", bench_op_names[op],
+                   op == BENCH_COMBINE ? "added" : "copied", result->floor_name[op]);
     printf("#\n# %-15s %10s %10s %10s %10s %9s %9s %10s %6s %7s\n", "op", "rows/rank", "MB/rank", "time us", "p99 us",
            "logical", "wire", "floor us", "eff", "wrong");
     printf("# %-15s %10s %10s %10s %10s %9s %9s\n", "", "", "logical", "", "", "GB/s", "GB/s");

@@ -116,7 +116,7 @@ static int check_options(const demo_options_t *options)
 
 int command_demo(int argc, char **argv)
 {
-    demo_t demo = {.options = {.text = default_text(), .ranks = 4, .hidden = 256, .topk = 2, .experts = 16, .seed = 1}};
+    demo_t demo = {.options = {.text = default_text(), .ranks = 4, .hidden = 192, .topk = 2, .experts = 16, .seed = 1}};
     demo_options_t *o = &demo.options;
     const option_t table[] = {
         {"--ranks", OPTION_NUMBER, &o->ranks, 1, RANKS_MAX, NULL, "N", "ranks on this host; default 4"},
@@ -126,7 +126,7 @@ int command_demo(int argc, char **argv)
         {"--backend", OPTION_CHOICE, &o->backend, 0, 0, "auto,cpu,cuda", "WHICH", "auto (default), cpu or cuda"},
         {"--tokens", OPTION_NUMBER, &o->tokens, 0, TEXT_BYTES_MAX, NULL, "N",
          "the text's first N bytes; default 0, all"},
-        {"--hidden", OPTION_NUMBER, &o->hidden, 32, LAYER_HIDDEN_MAX, NULL, "N", "elements a row; default 256"},
+        {"--hidden", OPTION_NUMBER, &o->hidden, 32, LAYER_HIDDEN_MAX, NULL, "N", "elements a row; default 192"},
         {"--topk", OPTION_NUMBER, &o->topk, 1, EPX_TOPK_MAX, NULL, "N", "experts a token chooses; default 2"},
         {"--experts", OPTION_NUMBER, &o->experts, 1, LAYER_EXPERTS_MAX, NULL, "N", "of all ranks together; default 16"},
         {"--seed", OPTION_NUMBER, &o->seed, 0, 1 << 20, NULL, "N", "of the model's numbers; default 1"},

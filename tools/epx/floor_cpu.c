@@ -53,6 +53,8 @@ static void copy_streaming(void *dst, const void *src, size_t bytes)
 }
 
 #if defined(__x86_64__)
+enum { AHEAD = 1024, MIXED_BYTES_LEAST = 4096 }; /* bytes; how far reads are asked for beforehand */
+
 __attribute__((target("avx512f"))) static void copy_streaming_wide(void *dst, const void *src, size_t bytes)
 {
     size_t head = (64 - ((uintptr_t)dst & 63)) & 63;
@@ -61,23 +63,46 @@ __attribute__((target("avx512f"))) static void copy_streaming_wide(void *dst, co
     copy_streaming(dst, src, head);
     uint8_t *to = (uint8_t *)dst + head;
     const uint8_t *from = (const uint8_t *)src + head;
-    size_t lines = (bytes - head) / 64, i = 0;
-    for (; i + 2 <= lines; i += 2) {
-        __m512i a = _mm512_loadu_si512(from + 64 * i), b = _mm512_loadu_si512(from + 64 * i + 64);
-        _mm512_stream_si512((__m512i *)(to + 64 * i), a);
-        _mm512_stream_si512((__m512i *)(to + 64 * i + 64), b);
-    }
-    for (; i < lines; i++)
+    size_t lines = (bytes - head) / 64;
+    for (size_t i = 0; i < lines; i++) {
+        _mm_prefetch((const char *)from + 64 * i + AHEAD, _MM_HINT_T0);
         _mm512_stream_si512((__m512i *)(to + 64 * i), _mm512_loadu_si512(from + 64 * i));
+    }
     copy_streaming(to + 64 * lines, from + 64 * lines, bytes - head - 64 * lines);
+}
+
+/* The first half of a row by streaming stores and the second by plain ones, in turn: a core waits for the two kinds in
+ * different queues. */
+__attribute__((target("avx512f"))) static void copy_mixed(void *dst, const void *src, size_t bytes)
+{
+    size_t head = (64 - ((uintptr_t)dst & 63)) & 63, half = bytes > head ? (bytes - head) / 128 * 64 : 0;
+    if (half < MIXED_BYTES_LEAST) {
+        copy_streaming_wide(dst, src, bytes);
+        return;
+    }
+    copy_streaming(dst, src, head);
+    char *to = (char *)dst + head, *plain = to + half;
+    const char *from = (const char *)src + head, *second = from + half;
+    for (size_t i = 0; i < half; i += 64) {
+        _mm_prefetch(from + i + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(second + i + AHEAD, _MM_HINT_T0);
+        if (i + AHEAD < half)
+            __builtin_prefetch(plain + i + AHEAD, 1);
+        _mm512_stream_si512((__m512i *)(to + i), _mm512_loadu_si512(from + i));
+        _mm512_store_si512((__m512i *)(plain + i), _mm512_loadu_si512(second + i));
+    }
+    copy_streaming(to + 2 * half, from + 2 * half, bytes - head - 2 * half);
 }
 #endif
 
 static void copy_row(void *dst, const void *src, size_t bytes, int variant)
 {
 #if defined(__x86_64__)
-    if (variant == 2) {
-        copy_streaming_wide(dst, src, bytes);
+    if (variant >= 2) {
+        if (variant == 2)
+            copy_streaming_wide(dst, src, bytes);
+        else
+            copy_mixed(dst, src, bytes);
         return;
     }
 #endif
@@ -219,7 +244,7 @@ int floor_cpu_variants(void *floor, floor_kind_t kind)
 {
     (void)floor;
 #if defined(__x86_64__)
-    return kind == FLOOR_DISPATCH && __builtin_cpu_supports("avx512f") ? 3 : 2;
+    return kind == FLOOR_DISPATCH && __builtin_cpu_supports("avx512f") ? 4 : 2;
 #else
     (void)kind;
     return 1;
@@ -228,7 +253,8 @@ int floor_cpu_variants(void *floor, floor_kind_t kind)
 
 const char *floor_cpu_variant_name(void *floor, floor_kind_t kind, int variant)
 {
-    static const char *const names[] = {"plain stores", "streaming stores", "streaming stores of 64 bytes"};
+    static const char *const names[] = {"plain stores", "streaming stores", "streaming stores of 64 bytes",
+                                        "half of each row by streaming stores, half by plain ones"};
     (void)floor;
     (void)kind;
     return names[variant];

@@ -37,6 +37,8 @@ static inline void sumrows_plain(void *out, const void *const *rows, int count, 
 }
 
 #if defined(__x86_64__)
+enum { SUMROWS_AHEAD = 1024 }; /* bytes: how far reads are asked for beforehand */
+
 /* Each handles whole blocks and returns where it stopped. NaN is not looked for: the rows hold none. */
 __attribute__((target("avx512f,avx512bw"))) static size_t sumrows_bf16_512(uint16_t *out, const void *const *rows,
                                                                            int count, size_t hidden, bool streaming)
@@ -47,6 +49,7 @@ __attribute__((target("avx512f,avx512bw"))) static size_t sumrows_bf16_512(uint1
         __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
         for (int r = 0; r < count; r++) {
             const uint16_t *row = (const uint16_t *)rows[r] + i;
+            _mm_prefetch((const char *)row + SUMROWS_AHEAD, _MM_HINT_T0);
             __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)row));
             __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + 16)));
             low = _mm512_add_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)));
@@ -81,6 +84,7 @@ __attribute__((target("avx2"))) static size_t sumrows_bf16_256(uint16_t *out, co
         __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
         for (int r = 0; r < count; r++) {
             const uint16_t *row = (const uint16_t *)rows[r] + i;
+            _mm_prefetch((const char *)row + SUMROWS_AHEAD, _MM_HINT_T0);
             __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)row));
             __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(row + 8)));
             low = _mm256_add_ps(low, _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)));
