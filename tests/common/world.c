@@ -159,7 +159,7 @@ epx_status_t xt_group(xt_rank_t *self, int index, const epx_group_config_t *conf
     c.id = &w->id[index];
     if (!c.backend)
         c.backend = self->memory->backend;
-    if (!c.timeout_ms)
+    if (!c.timeout_ms && !getenv("EPX_TIMEOUT_MS"))
         c.timeout_ms = 20000;
     if (!c.ranks_per_domain && per_domain)
         c.ranks_per_domain = gcd(self->ranks, atoi(per_domain) > 0 ? atoi(per_domain) : self->ranks);
@@ -293,8 +293,10 @@ long xt_run(const xt_run_t *run)
     long failed = atomic_load(&world->failed), passed = atomic_load(&world->passed);
     total_failed += failed;
     total_passed += passed;
-    printf("%-40s %2d %s %9ld checks %6ld wrong %6llu ms\n", run->name, run->ranks,
-           run->processes ? "processes" : "threads  ", passed + failed, failed, (unsigned long long)(now_ms() - start));
+    if (!run->quiet || failed)
+        printf("%-40s %2d %s %9ld checks %6ld wrong %6llu ms\n", run->name, run->ranks,
+               run->processes ? "processes" : "threads  ", passed + failed, failed,
+               (unsigned long long)(now_ms() - start));
     fflush(stdout);
     munmap(world, sizeof *world);
     return failed;

@@ -56,10 +56,11 @@ typedef struct xt_run {
     const char *name;
     int ranks;
     bool processes;
+    bool quiet;           /* say nothing unless something failed */
     bool no_group;        /* the body makes its groups itself */
     int threads;          /* CPU threads a rank copies with; 0 the default */
     int ranks_per_domain; /* 0 as found; EPX_TEST_PER_DOMAIN (as far as it divides) */
-    uint64_t timeout_ms;  /* deadline of the library's waits; default 20 s */
+    uint64_t timeout_ms;  /* deadline of the library's waits; default EPX_TIMEOUT_MS, else 20 s */
     uint64_t limit_ms;    /* processes still alive then are killed and count as failures; default 100 s */
     uint64_t seed;
     uint64_t may_die; /* bit r: rank r is expected to be killed (processes) */

@@ -276,22 +276,24 @@ static epx__step_t work(epx__half_t *half)
     return done ? EPX__STEP_DONE : moved ? EPX__STEP_MOVED : EPX__STEP_STUCK;
 }
 
+/* Outputs that are not there are that rank's own doing; unread rows may mean that their reader waits for another. */
 static void blame(epx__half_t *half, epx__blame_t *out)
 {
     combine_job_t *job = half->job;
     for (int i = 0; i < job->ht->members; i++) {
         const lane_t *lane = &job->lanes[i];
+        if (lane->cursor < lane->count && (uint64_t)lane->cursor >= lane->there) {
+            *out = (epx__blame_t){job->ht->peers[i].rank, "its expert outputs", (uint64_t)lane->count, lane->there};
+            return;
+        }
+    }
+    for (int i = 0; i < job->ht->members; i++) {
         const epx__ht_peer_t *peer = &job->ht->peers[i];
-        if (peer == job->ht->self)
-            continue;
         uint64_t read = epx__word_load(&peer->from_it->read);
-        if (read != peer->lent)
+        if (peer != job->ht->self && read != peer->lent) {
             *out = (epx__blame_t){peer->rank, "having read its rows", peer->lent, read};
-        else if (lane->cursor < lane->count)
-            *out = (epx__blame_t){peer->rank, "its expert outputs", (uint64_t)lane->count, lane->there};
-        else
-            continue;
-        return;
+            return;
+        }
     }
 }
 
