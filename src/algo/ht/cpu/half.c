@@ -232,6 +232,20 @@ static void blame_mail(epx__half_t *half, epx__blame_t *blame)
     }
 }
 
+/* Other ranks that have not come to this half either: the one that is blamed may itself wait for one of them. */
+static void name_absent(const epx__half_t *half, int blamed, char *out, size_t bytes)
+{
+    size_t n = 0;
+    out[0] = 0;
+    for (int i = 0; i < half->ht->members && n < bytes; i++) {
+        const epx__ht_peer_t *peer = &half->ht->peers[i];
+        if (peer->heard || peer->rank == blamed)
+            continue;
+        int more = snprintf(out + n, bytes - n, "%s rank %d", n ? "," : "; nor came", peer->rank);
+        n += more > 0 ? (size_t)more : bytes;
+    }
+}
+
 /* Nothing moved: is somebody gone, or the time over? */
 static epx_status_t check_stuck(epx__half_t *half)
 {
@@ -252,11 +266,14 @@ static epx_status_t check_stuck(epx__half_t *half)
         }
     if (!epx__deadline_passed(&half->deadline))
         return EPX_OK;
-    return epx__half_fail(
-        half, EPX_E_TIMEOUT, blame.rank,
-        "%s (half %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s (expected %" PRIu64 ", seen %" PRIu64 ")",
-        half->operation, half->sequence, half->ht->exchange->rank,
-        (double)epx__deadline_waited_ns(&half->deadline) * 1e-9, blame.rank, blame.stage, blame.expected, blame.seen);
+    char absent[96];
+    name_absent(half, blame.rank, absent, sizeof absent);
+    return epx__half_fail(half, EPX_E_TIMEOUT, blame.rank,
+                          "%s (half %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s (expected %" PRIu64
+                          ", seen %" PRIu64 ")%s",
+                          half->operation, half->sequence, half->ht->exchange->rank,
+                          (double)epx__deadline_waited_ns(&half->deadline) * 1e-9, blame.rank, blame.stage,
+                          blame.expected, blame.seen, absent);
 }
 
 static epx_status_t run(epx__half_t *half)
