@@ -101,7 +101,11 @@ void rank_stage(rank_t *rank, const char *stage, uint32_t total)
 {
     if (rank->rank)
         return;
-    snprintf(rank->shared->stage, sizeof rank->shared->stage, "%s", stage);
+    for (size_t i = 0; i + 1 < sizeof rank->shared->stage;
+         i++) { /* the parent may be reading: a mix of two is no harm */
+        __atomic_store_n(&rank->shared->stage[i], *stage, __ATOMIC_RELAXED);
+        stage += *stage != '\0';
+    }
     __atomic_store_n(&rank->shared->done, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&rank->shared->total, total, __ATOMIC_RELAXED);
 }
@@ -221,7 +225,10 @@ static void wait_for_all(run_t *run)
         struct timespec nap = {0, 5 * 1000 * 1000};
         nanosleep(&nap, NULL);
         reap(run);
-        progress_show(&progress, run->shared->stage, __atomic_load_n(&run->shared->done, __ATOMIC_RELAXED),
+        char stage[sizeof run->shared->stage];
+        for (size_t i = 0; i < sizeof stage; i++)
+            stage[i] = __atomic_load_n(&run->shared->stage[i], __ATOMIC_RELAXED);
+        progress_show(&progress, stage, __atomic_load_n(&run->shared->done, __ATOMIC_RELAXED),
                       __atomic_load_n(&run->shared->total, __ATOMIC_RELAXED));
         if (!__atomic_load_n(&run->shared->aborted, __ATOMIC_ACQUIRE))
             continue;
