@@ -11,13 +11,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "algo/alarm.h"
 #include "base/fail.h"
 #include "base/mutate.h"
-
-static uint64_t *alarm_of(uint8_t *window, const epx__window_layout_t *layout)
-{
-    return ((epx__control_t *)(window + layout->control_offset))->alarm;
-}
 
 static epx__bell_t *bell_of(uint8_t *window, const epx__window_layout_t *layout)
 {
@@ -30,11 +26,6 @@ static epx__message_t *mailbox(uint8_t *window, const epx__window_layout_t *layo
     return (epx__message_t *)(window + layout->mail_offset + slot * layout->message_bytes);
 }
 
-static epx__error_slot_t *error_slot(uint8_t *window, const epx__window_layout_t *layout, int source)
-{
-    return (epx__error_slot_t *)(window + layout->errors_offset) + source;
-}
-
 void epx__word_post(epx__ht_peer_t *peer, uint64_t *word, uint64_t value)
 {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
@@ -43,21 +34,6 @@ void epx__word_post(epx__ht_peer_t *peer, uint64_t *word, uint64_t value)
 
 /* ---- failing ---- */
 
-static void tell_peer(epx__half_t *half, epx__ht_peer_t *peer, epx_status_t status, int about, const char *words)
-{
-    const epx__window_layout_t *layout = &half->ht->exchange->layout;
-    epx__error_slot_t *slot = error_slot(peer->base, layout, half->ht->exchange->rank);
-    if (epx__word_load(&slot->word) != 0)
-        return; /* told before; the first failure stays */
-    slot->sequence = half->sequence;
-    slot->peer = about;
-    slot->status = (int32_t)status;
-    snprintf(slot->words, sizeof slot->words, "%.*s", (int)sizeof slot->words - 1, words);
-    __atomic_store_n(&slot->word, (uint64_t)status, __ATOMIC_RELEASE);
-    __atomic_store_n(alarm_of(peer->base, layout), 1, __ATOMIC_RELEASE);
-    epx__bell_ring(bell_of(peer->base, layout));
-}
-
 epx_status_t epx__half_fail(epx__half_t *half, epx_status_t status, int peer, const char *format, ...)
 {
     char words[448];
@@ -65,36 +41,8 @@ epx_status_t epx__half_fail(epx__half_t *half, epx_status_t status, int peer, co
     va_start(arguments, format);
     vsnprintf(words, sizeof words, format, arguments);
     va_end(arguments);
-    epx__ht_cpu_t *ht = half->ht;
-    for (int i = 0; i < ht->members; i++)
-        if (&ht->peers[i] != ht->self)
-            tell_peer(half, &ht->peers[i], status, peer, words);
-    half->status = epx__exchange_fault(ht->exchange, status, "%s", words);
+    half->status = epx__alarm_raise(half->ht->exchange, status, half->sequence, peer, "%s", words);
     return half->status;
-}
-
-/* Somebody has raised the alarm in my window: what about? */
-static epx_status_t alarm_words(epx__half_t *half)
-{
-    epx__exchange_t *exchange = half->ht->exchange;
-    if (atomic_load(&exchange->fault.ready))
-        return epx__half_fail(half, (epx_status_t)atomic_load(&exchange->fault.status), -1, "%s",
-                              exchange->fault.words);
-    for (int i = 0; i < half->ht->members; i++) {
-        epx__ht_peer_t *peer = &half->ht->peers[i];
-        epx__error_slot_t *slot = error_slot(half->ht->window, &exchange->layout, peer->rank);
-        if (peer == half->ht->self || epx__word_load(&slot->word) == 0)
-            continue;
-        slot->words[sizeof slot->words - 1] = 0;
-        return epx__half_fail(half, EPX_E_PEER, peer->rank, "rank %d failed (%s, half %" PRIu64 "): %s", peer->rank,
-                              epx__status_name((epx_status_t)slot->status), slot->sequence, slot->words);
-    }
-    return EPX_OK; /* raised, words not there yet */
-}
-
-static bool alarmed(const epx__half_t *half)
-{
-    return epx__word_load(alarm_of(half->ht->window, &half->ht->exchange->layout)) != 0;
 }
 
 /* ---- mail ---- */
@@ -214,7 +162,7 @@ static bool look(void *context)
     epx__half_t *half = context;
     half->last = step(half);
     half->looked = true;
-    return half->last != EPX__STEP_STUCK || alarmed(half);
+    return half->last != EPX__STEP_STUCK || epx__alarm_is_up(half->ht->exchange);
 }
 
 static void blame_mail(epx__half_t *half, epx__blame_t *blame)
@@ -279,15 +227,17 @@ static epx_status_t check_stuck(epx__half_t *half)
 static epx_status_t run(epx__half_t *half)
 {
     for (;;) {
-        if (alarmed(half))
-            EPX__TRY(alarm_words(half));
+        if (epx__alarm_is_up(half->ht->exchange))
+            EPX__TRY(epx__alarm_read(half->ht->exchange, half->sequence));
         if (!half->looked)
             half->last = step(half);
         half->looked = false;
         if (half->last == EPX__STEP_FAILED)
             return half->status;
         if (half->last == EPX__STEP_DONE)
-            return alarmed(half) && !EPX__MUTATE(no_last_look) ? alarm_words(half) : EPX_OK;
+            return epx__alarm_is_up(half->ht->exchange) && !EPX__MUTATE(no_last_look)
+                       ? epx__alarm_read(half->ht->exchange, half->sequence)
+                       : EPX_OK;
         if (half->last == EPX__STEP_MOVED) {
             epx__waiter_progress(&half->waiter);
             half->deadline.start_ns = 0;
