@@ -1,0 +1,434 @@
+/*
+ * The operations: each fills one parameter struct and launches one kernel on the caller's stream. Nothing is allocated
+ * and nothing waited for, but in counts.
+ *
+ * SMs of a call: the caller's `sms`, else the buffer's, else of a GPU's S SMs
+ *     dispatch into a lease S / 8, into the caller's memory S / 8 + S / 11 (the second part copies out), combine 2 S /
+ * 11; at most S / (ranks on this GPU).
+ */
+#include <string.h>
+
+#include "algo/ht/cuda/host.h"
+#include "base/clock.h"
+#include "base/fail.h"
+#include "plan/format.h"
+
+#define BEGIN_BLOCKS_MAX 16u
+
+/* ---- common to all ---- */
+
+static uint64_t mix(uint64_t hash, uint64_t value)
+{
+    hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
+    return hash ^ hash >> 32;
+}
+
+static ht_common_t common(ht_cuda_t *h, enum epx__kind kind, uint32_t generation, uint64_t shape, uint64_t timeout_ms)
+{
+    epx__exchange_t *x = h->exchange;
+    return (ht_common_t){.rank = x->rank,
+                         .ranks = x->topology->ranks,
+                         .window = x->window.base,
+                         .peers = h->peers,
+                         .layout = x->layout,
+                         .state = h->state,
+                         .host = h->host,
+                         .produced = h->produced,
+                         .consumed = h->consumed,
+                         .timeout_ns = (timeout_ms ? timeout_ms : x->config.timeout_ms) * 1000000u,
+                         .kind = (uint32_t)kind,
+                         .generation = generation,
+                         .shape = mix(shape, kind)};
+}
+
+/* Where this call runs: device entered, order with the call before (perhaps on another stream). */
+typedef struct scope {
+    ht_cuda_t *h;
+    cudaStream_t stream;
+    int before;
+    bool captured;
+} scope_t;
+
+static epx_status_t scope_open(epx__exchange_t *exchange, epx_stream_t stream, scope_t *s)
+{
+    ht_cuda_t *h = exchange->impl;
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    *s = (scope_t){.h = h, .stream = (cudaStream_t)stream};
+    EPX__TRY(epx__cuda_enter(h->ordinal, &s->before));
+    cudaError_t error = cudaStreamIsCapturing(s->stream, &capture);
+    s->captured = error == cudaSuccess && capture != cudaStreamCaptureStatusNone;
+    if (error == cudaSuccess && !s->captured && h->ordered && h->order_stream != s->stream)
+        error = cudaStreamWaitEvent(s->stream, h->order, 0);
+    if (error == cudaSuccess)
+        return EPX_OK;
+    epx__cuda_leave(h->ordinal, s->before);
+    return epx__cuda_fail(error, "ordering the call after the one before");
+}
+
+/* `error`: of the launch. */
+static epx_status_t scope_close(scope_t *s, int error, const char *what)
+{
+    ht_cuda_t *h = s->h;
+    if (error == 0 && !s->captured) {
+        error = (int)cudaEventRecord(h->order, s->stream);
+        h->order_stream = s->stream;
+        h->ordered = true;
+    }
+    epx__cuda_leave(h->ordinal, s->before);
+    return error == 0 ? EPX_OK : epx__cuda_fail((cudaError_t)error, what);
+}
+
+static uint32_t blocks_of(const ht_cuda_t *h, int asked, uint32_t otherwise)
+{
+    int sms = asked > 0 ? asked : h->exchange->config.sms;
+    uint32_t blocks = sms > 0 ? (uint32_t)sms : otherwise;
+    blocks = blocks < (uint32_t)h->sms ? blocks : (uint32_t)h->sms;
+    return blocks ? blocks : 1;
+}
+
+static epx__experts_t device_map(const ht_cuda_t *h, const epx__experts_t *map)
+{
+    epx__experts_t m = *map;
+    m.rank_of = map->rank_of ? h->rank_of : NULL;
+    m.local_of = map->rank_of ? h->local_of : NULL;
+    return m;
+}
+
+static uint32_t align_up(uint64_t value, uint32_t to)
+{
+    return (uint32_t)((value + to - 1) / to * to);
+}
+
+/* ---- layout ---- */
+
+epx_status_t epx__ht_cuda_layout(epx__exchange_t *exchange, const epx_layout_t *layout, const epx__experts_t *map,
+                                 epx_stream_t stream)
+{
+    ht_cuda_t *h = exchange->impl;
+    scope_t s;
+    ht_layout_t p = {.map = device_map(h, map),
+                     .domain_of = h->domain_of,
+                     .topk_idx = layout->topk_idx,
+                     .bits = layout->topk_idx_bits,
+                     .tokens = layout->tokens,
+                     .topk = layout->topk,
+                     .ranks = (uint32_t)exchange->topology->ranks,
+                     .tokens_per_rank = layout->tokens_per_rank,
+                     .tokens_per_domain = layout->tokens_per_domain,
+                     .tokens_per_expert = layout->tokens_per_expert,
+                     .in_rank = layout->in_rank};
+    EPX__TRY(scope_open(exchange, stream, &s));
+    cudaError_t error = cudaSuccess;
+    if (p.tokens_per_rank)
+        error = cudaMemsetAsync(p.tokens_per_rank, 0, 4ull * p.ranks, s.stream);
+    if (error == cudaSuccess && p.tokens_per_domain)
+        error = cudaMemsetAsync(p.tokens_per_domain, 0, 4ull * (uint32_t)exchange->topology->domains, s.stream);
+    if (error == cudaSuccess && p.tokens_per_expert)
+        error = cudaMemsetAsync(p.tokens_per_expert, 0, 4ull * layout->experts, s.stream);
+    if (error == cudaSuccess)
+        error = (cudaError_t)epx__ht_launch_layout(&p, stream);
+    return scope_close(&s, (int)error, "epx_layout");
+}
+
+/* ---- begin and counts ---- */
+
+epx_status_t epx__ht_cuda_begin(epx__exchange_t *exchange, epx__exchange_handle_t *handle, epx_stream_t stream)
+{
+    ht_cuda_t *h = exchange->impl;
+    const epx_dispatch_t *a = &handle->args;
+    ht_record_t *record = &h->records[handle->index];
+    uint64_t shape = mix(mix(mix(1, a->topk), a->experts), (uint64_t)a->topk_idx_bits);
+    scope_t s;
+    record->slots = handle->slots;
+    ht_begin_t p = {.c = common(h, EPX__KIND_BEGIN, handle->generation, shape, a->timeout_ms),
+                    .h = *record,
+                    .map = device_map(h, &handle->map),
+                    .expert_list = handle->map.rank_of ? h->expert_list : NULL,
+                    .expert_start = h->expert_start,
+                    .topk_idx = a->topk_idx,
+                    .in_rank = a->in_rank,
+                    .tokens = a->tokens,
+                    .topk = a->topk,
+                    .alignment = a->expert_alignment,
+                    .groups_max = h->groups_max,
+                    .bits = a->topk_idx_bits,
+                    .recv_max = a->recv_tokens_max,
+                    .ticket = ++h->ticket,
+                    .bit = h->bit,
+                    .before = h->before,
+                    .expert_count = h->expert_count,
+                    .recv_max_of = h->recv_max_of};
+    h->tickets[handle->index] = p.ticket;
+    uint32_t blocks = blocks_of(h, a->sms, BEGIN_BLOCKS_MAX), groups = (a->tokens + 31) / 32;
+    blocks = blocks < BEGIN_BLOCKS_MAX ? blocks : BEGIN_BLOCKS_MAX;
+    blocks = blocks < groups ? blocks : groups;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, epx__ht_launch_begin(&p, blocks ? blocks : 1, stream), "launching dispatch_begin");
+}
+
+static void take_counts(ht_cuda_t *h, epx__exchange_handle_t *handle)
+{
+    const ht_record_t *r = &h->records[handle->index];
+    size_t ranks = (size_t)h->exchange->topology->ranks;
+    memcpy(handle->matrix, r->host_matrix, sizeof(int32_t) * ranks * ranks);
+    memcpy(handle->tokens_of, r->host_tokens, sizeof(int32_t) * ranks);
+    memcpy(handle->expert_rows, r->host_experts, sizeof(int32_t) * handle->local_experts);
+    handle->rows = 0;
+    for (size_t i = 0; i < ranks; i++)
+        handle->rows += (uint32_t)handle->matrix[i * ranks + (size_t)h->exchange->rank];
+    handle->counted = true;
+}
+
+/* The one wait on the host. The stream may have other work before begin, so the deadline here is a generous one:
+ * kernels have their own. */
+epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle_t *handle)
+{
+    ht_cuda_t *h = exchange->impl;
+    uint64_t timeout_ms = handle->args.timeout_ms ? handle->args.timeout_ms : exchange->config.timeout_ms;
+    epx__deadline_t deadline = epx__deadline_ms(4 * timeout_ms + 1000);
+    const uint64_t *ticket = h->records[handle->index].ticket, wanted = h->tickets[handle->index];
+    for (uint32_t polls = 1; __atomic_load_n(ticket, __ATOMIC_ACQUIRE) != wanted; polls++) {
+        if (polls % 256 != 0)
+            continue;
+        epx__ht_cuda_poll_fault(exchange);
+        if (atomic_load(&exchange->fault.ready))
+            return epx__fail((epx_status_t)atomic_load(&exchange->fault.status), "%s", exchange->fault.words);
+        if (epx__deadline_passed(&deadline))
+            return epx__exchange_fault(exchange, EPX_E_TIMEOUT,
+                                       "the counts of dispatch_begin did not come in %.1f s: the stream is busy or was "
+                                       "only captured (give recv_tokens_max in a graph)",
+                                       (double)epx__deadline_waited_ns(&deadline) * 1e-9);
+        if (polls > 100000)
+            epx__sleep_ns(20000);
+    }
+    epx__ht_cuda_poll_fault(exchange); /* ids that were none have been counted */
+    take_counts(h, handle);
+    return EPX_OK;
+}
+
+/* ---- rows ---- */
+
+/* Each warp has two stages of a whole row where that leaves enough warps; else rows go in equal chunks. */
+static epx_status_t cut_rows(const ht_cuda_t *h, size_t row_bytes, uint32_t side_bulk, size_t table_bytes,
+                             ht_cut_t *cut)
+{
+    const uint32_t stage_most = 16384;
+    size_t left = (size_t)h->shared_max - 4096;
+    if (table_bytes + (size_t)4 * stage_most > left)
+        return epx__fail(EPX_E_UNSUPPORTED, "tables of %d ranks do not fit into a block's shared memory (%d bytes)",
+                         h->exchange->topology->ranks, h->shared_max);
+    left -= table_bytes;
+    uint32_t chunks = (uint32_t)((row_bytes + side_bulk + stage_most - 1) / stage_most);
+    uint32_t chunk = align_up((row_bytes + chunks - 1) / chunks, 16);
+    *cut = (ht_cut_t){.stages = 2, .chunk_bytes = chunk, .chunks = (uint32_t)((row_bytes + chunk - 1) / chunk)};
+    cut->stage_bytes = align_up((uint64_t)chunk + side_bulk, 128);
+    cut->warps = (uint32_t)(left / (2ull * cut->stage_bytes));
+    cut->warps = cut->warps < HT_WARPS_MAX ? cut->warps : HT_WARPS_MAX;
+    cut->bars_offset = cut->warps * cut->stages * cut->stage_bytes;
+    cut->table_offset = align_up(cut->bars_offset + cut->warps * cut->stages * 8u, 16);
+    cut->total_bytes = (uint32_t)(cut->table_offset + table_bytes);
+    return EPX_OK;
+}
+
+/* Rings for peers in the reserve: rows in one, and rows behind a progress word. */
+static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, uint64_t *ring_bytes, uint64_t *rows,
+                             uint32_t *batch)
+{
+    const epx__exchange_t *x = h->exchange;
+    uint64_t peers = (uint64_t)x->topology->ranks - 1;
+    *ring_bytes = peers ? x->layout.reserve_bytes / peers / EPX__ROW_ALIGN * EPX__ROW_ALIGN : 0;
+    *rows = epx__place_capacity(shape, *ring_bytes);
+    *batch = *rows / 4 < HT_BATCH_LEAST ? (uint32_t)(*rows / 4) : HT_BATCH_LEAST;
+    *batch = *batch ? *batch : 1;
+    *rows = *rows < (uint64_t)HT_WORDS * *batch ? *rows / *batch * *batch : (uint64_t)HT_WORDS * *batch;
+    if (peers && *rows == 0)
+        return epx__fail(
+            EPX_E_INVALID,
+            "reserve_bytes %zu is too small to pass rows of %zu bytes from %llu peers through it; at least "
+            "%llu is needed",
+            x->config.reserve_bytes, epx__row_shape_bytes(shape), (unsigned long long)peers,
+            (unsigned long long)(peers * (epx__row_shape_bytes(shape) + 8 * EPX__ROW_ALIGN)));
+    return EPX_OK;
+}
+
+/* Side data goes by bulk copies when it is packed and aligned like rows are. */
+static uint32_t side_bulk(const ht_cuda_t *h, const epx_rows_t *r, const epx__target_t *target, size_t side_bytes)
+{
+    bool can = h->device->major >= 9 && side_bytes && side_bytes % 16 == 0 && side_bytes <= 4096 &&
+               r->side_elem_stride_bytes == (int64_t)r->side_elem_bytes && (uintptr_t)r->side % 16 == 0 &&
+               r->side_token_stride_bytes % 16 == 0 && (uintptr_t)target->place.side % 16 == 0;
+    return can ? (uint32_t)side_bytes : 0;
+}
+
+static uint64_t rows_shape(const epx__row_shape_t *s)
+{
+    return mix(mix(mix(mix(mix(2, s->row_bytes), s->side_bytes), s->topk), s->idx_bytes), s->weights);
+}
+
+epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t *handle, const epx_rows_t *rows,
+                               bool first, const epx__target_t *target, epx_stream_t stream)
+{
+    ht_cuda_t *h = exchange->impl;
+    const epx_dispatch_t *a = &handle->args;
+    uint32_t peers = (uint32_t)exchange->topology->ranks - 1, sms = (uint32_t)h->device->sms;
+    epx__row_shape_t shape = {.row_bytes = rows->row_bytes,
+                              .side_bytes = rows->side_elem_bytes * rows->side_elems,
+                              .topk = first ? a->topk : 0,
+                              .idx_bytes = (uint32_t)a->topk_idx_bits / 8,
+                              .weights = first && a->topk && a->topk_weights,
+                              .src_token = 1};
+    ht_rows_t p = {.c = common(h, EPX__KIND_ROWS, handle->generation, rows_shape(&shape), a->timeout_ms),
+                   .h = h->records[handle->index],
+                   .map = device_map(h, &handle->map),
+                   .tokens = a->tokens,
+                   .topk = shape.topk,
+                   .bits = a->topk_idx_bits,
+                   .first = first,
+                   .own = target->own,
+                   .x = rows->x,
+                   .side = rows->side,
+                   .row_bytes = rows->row_bytes,
+                   .x_stride = rows->x_stride_bytes,
+                   .side_bytes = (uint32_t)shape.side_bytes,
+                   .side_elems = rows->side_elems,
+                   .side_elem_bytes = (uint32_t)rows->side_elem_bytes,
+                   .side_token_stride = rows->side_token_stride_bytes,
+                   .side_elem_stride = rows->side_elem_stride_bytes,
+                   .topk_idx = a->topk_idx,
+                   .topk_weights = a->topk_weights,
+                   .row_shape = shape,
+                   .direct = !target->own,
+                   .place_offset = target->lease_offset,
+                   .capacity = target->capacity,
+                   .place = target->place,
+                   .tail_to = handle->worst_case ? target->capacity : 0};
+    p.side_bulk = side_bulk(h, rows, target, shape.side_bytes);
+    if (target->own) {
+        p.place_offset = exchange->layout.reserve_offset;
+        EPX__TRY(cut_ring(h, &shape, &p.ring_bytes, &p.capacity, &p.batch));
+    }
+    EPX__TRY(cut_rows(h, rows->row_bytes, p.side_bulk, HT_DEST_BYTES * (size_t)(peers + 1), &p.cut));
+    uint32_t blocks = blocks_of(h, a->sms, target->own ? sms / 8 + sms / 11 : sms / 8);
+    p.send_blocks = blocks;
+    if (target->own && peers) {
+        blocks = blocks < 2 ? 2 : blocks;
+        p.send_blocks = blocks * 4 / 7 ? blocks * 4 / 7 : 1;
+    }
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, epx__ht_launch_rows(&p, blocks, stream), "launching dispatch_end");
+}
+
+/* ---- combine ---- */
+
+/* Each warp has two stages with a buffer for every row of a token. Many warps first, then large pieces. */
+static epx_status_t cut_combine(const ht_cuda_t *h, size_t row_bytes, uint32_t slots, size_t table_bytes, ht_cut_t *cut,
+                                uint32_t *slots_bulk)
+{
+    const uint32_t chunk_most = 4096, chunk_good = 1024;
+    size_t left = (size_t)h->shared_max - 4096;
+    if (table_bytes + 65536 > left)
+        return epx__fail(EPX_E_UNSUPPORTED, "tables of %d ranks do not fit into a block's shared memory (%d bytes)",
+                         h->exchange->topology->ranks, h->shared_max);
+    left -= table_bytes;
+    *slots_bulk = h->device->major >= 9 && slots <= HT_SLOTS_BULK ? slots : 0;
+    uint32_t buffers = *slots_bulk ? *slots_bulk : 1, warps = HT_WARPS_MAX;
+    while (warps > 4 && left / (2ull * warps * buffers) < chunk_good)
+        warps /= 2;
+    uint32_t chunk = (uint32_t)(left / (2ull * warps * buffers)) / 128 * 128;
+    chunk = chunk < chunk_most ? chunk : chunk_most;
+    uint32_t chunks = (uint32_t)((row_bytes + chunk - 1) / chunk);
+    chunk = align_up((row_bytes + chunks - 1) / chunks, 16);
+    *cut = (ht_cut_t){.warps = warps,
+                      .stages = 2,
+                      .stage_bytes = align_up((uint64_t)chunk * buffers, 128),
+                      .chunk_bytes = chunk,
+                      .chunks = (uint32_t)((row_bytes + chunk - 1) / chunk)};
+    cut->bars_offset = cut->warps * cut->stages * cut->stage_bytes;
+    cut->table_offset = align_up(cut->bars_offset + cut->warps * cut->stages * 8u, 16);
+    cut->total_bytes = (uint32_t)(cut->table_offset + table_bytes);
+    return EPX_OK;
+}
+
+/* The offset of memory in the window's lease part, 0 elsewhere. */
+static uint64_t in_window(const epx__exchange_t *x, const void *memory, size_t bytes)
+{
+    uint64_t at = (uint64_t)((uintptr_t)memory - (uintptr_t)x->window.base),
+             end = x->layout.lease_offset + x->layout.lease_bytes;
+    return at >= x->layout.lease_offset && at < end && bytes <= end - at ? at : 0;
+}
+
+epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handle_t *handle, const epx_combine_t *c,
+                                  size_t x_offset, epx_stream_t stream)
+{
+    ht_cuda_t *h = exchange->impl;
+    const epx_dispatch_t *a = &handle->args;
+    uint32_t peers = (uint32_t)exchange->topology->ranks - 1, sms = (uint32_t)h->device->sms;
+    uint32_t room = handle->worst_case ? a->recv_tokens_max : handle->rows, topk = c->topk_weights ? a->topk : 0;
+    epx__row_shape_t ring = {.row_bytes = c->hidden * epx__dtype_bytes(c->dtype), .topk = topk, .weights = topk != 0};
+    uint64_t shape = mix(mix(mix(3, ring.row_bytes), (uint64_t)c->dtype), topk);
+    ht_combine_t p = {.c = common(h, EPX__KIND_COMBINE, handle->generation, shape, c->timeout_ms),
+                      .h = h->records[handle->index],
+                      .tokens = a->tokens,
+                      .topk = topk,
+                      .dtype = (int)c->dtype,
+                      .row_bytes = ring.row_bytes,
+                      .x_stride = c->x_stride_bytes,
+                      .x = c->x,
+                      .x_offset = x_offset == SIZE_MAX ? 0 : x_offset,
+                      .weights = c->topk_weights,
+                      .bias = {c->bias[0], c->bias[1]},
+                      .out = c->out,
+                      .out_weights = c->out_topk_weights,
+                      .ring_offset = exchange->layout.reserve_offset};
+    if (topk)
+        p.weights_offset = in_window(exchange, c->topk_weights, 4ull * topk * room);
+    EPX__TRY(cut_ring(h, &ring, &p.ring_bytes, &p.ring_rows, &p.batch));
+    p.ring_weights = epx__place_layout_make(&ring, p.ring_rows).topk_weights;
+    EPX__TRY(cut_combine(h, ring.row_bytes, p.h.slots, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.cut, &p.slots_bulk));
+    uint32_t blocks = blocks_of(h, c->sms, 2 * sms / 11);
+    bool push_x = p.x_offset == 0, push_weights = topk && p.weights_offset == 0;
+    if (peers && (push_x || push_weights)) {
+        blocks = blocks < 2 ? 2 : blocks;
+        p.push_blocks = push_x ? blocks * 5 / 12 : 1;
+        p.push_blocks = p.push_blocks ? p.push_blocks : 1;
+    }
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, epx__ht_launch_combine(&p, blocks, stream), "launching combine");
+}
+
+/* ---- barrier and check ---- */
+
+epx_status_t epx__ht_cuda_barrier(epx__exchange_t *exchange, epx_stream_t stream)
+{
+    ht_cuda_t *h = exchange->impl;
+    ht_common_t c = common(h, EPX__KIND_BARRIER, 0, 0, 0);
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, epx__ht_launch_barrier(&c, stream), "launching a barrier");
+}
+
+/* Two halves: each slot of every mailbox. Waits on the host. */
+epx_status_t epx__ht_cuda_check(epx__exchange_t *exchange, uint8_t *works)
+{
+    ht_cuda_t *h = exchange->impl;
+    int ranks = exchange->topology->ranks;
+    ht_check_t p = {.c = common(h, EPX__KIND_CHECK, 0, 0, 0), .works = h->works};
+    scope_t s;
+    memset(h->works, 0, sizeof *h->works * (size_t)ranks);
+    EPX__TRY(scope_open(exchange, h->device->stream, &s));
+    int error = epx__ht_launch_check(&p, h->device->stream);
+    if (error == 0)
+        error = epx__ht_launch_check(&p, h->device->stream);
+    EPX__TRY(scope_close(&s, error, "launching a check"));
+    cudaError_t waited = cudaStreamSynchronize(h->device->stream);
+    if (waited != cudaSuccess)
+        return epx__cuda_fail(waited, "epx_buffer_check");
+    epx__ht_cuda_poll_fault(exchange);
+    for (int r = 0; r < ranks; r++)
+        works[r] = r == exchange->rank || h->works[r] == 2;
+    if (atomic_load(&exchange->fault.ready))
+        return epx__fail((epx_status_t)atomic_load(&exchange->fault.status), "%s", exchange->fault.words);
+    return EPX_OK;
+}

@@ -1,0 +1,52 @@
+/* The host side of the exchange on GPUs: what exchange.c (its life) and halves.c (its operations) share. */
+#ifndef EPX_ALGO_HT_CUDA_HOST_H
+#define EPX_ALGO_HT_CUDA_HOST_H
+
+#include <cuda_runtime_api.h>
+
+#include "algo/exchange.h"
+#include "algo/ht/cuda/ht_cuda.h"
+#include "device/cuda/cuda_device.h"
+
+typedef struct ht_cuda {
+    epx__exchange_t *exchange;
+    const epx__cuda_device_t *device;
+    int ordinal, sms;  /* sms: the most one kernel may take, so that all ranks of this GPU are resident */
+    int shared_max;    /* dynamic shared memory of a block */
+    char *slab;        /* device memory, one allocation */
+    char *pinned;      /* host memory that kernels see, one allocation */
+    ht_state_t *state; /* device */
+    ht_host_t *host;
+    char **peers;                                                         /* device */
+    int32_t *rank_of, *local_of, *expert_list, *expert_start, *domain_of; /* device; the first four with a map */
+    uint32_t *produced, *consumed, *bit, *before, *expert_count;
+    uint64_t *recv_max_of;
+    uint32_t groups_max;
+    uint32_t *works;      /* pinned, of check */
+    ht_record_t *records; /* [handles_max] */
+    uint64_t *tickets;    /* [handles_max] of each handle's last begin */
+    uint64_t ticket;      /* of the last begin */
+    /* Halves of a buffer run one after another, also when the caller changes streams. */
+    cudaEvent_t order;
+    cudaStream_t order_stream;
+    bool ordered;
+    cudaEvent_t *marks; /* [leases_max + handles_max] */
+    bool *marked;
+    uint32_t marks_count;
+    atomic_uint bad_seen;
+} ht_cuda_t;
+
+epx_status_t epx__ht_cuda_layout(epx__exchange_t *, const epx_layout_t *, const epx__experts_t *, epx_stream_t);
+epx_status_t epx__ht_cuda_begin(epx__exchange_t *, epx__exchange_handle_t *, epx_stream_t);
+epx_status_t epx__ht_cuda_counts(epx__exchange_t *, epx__exchange_handle_t *);
+epx_status_t epx__ht_cuda_rows(epx__exchange_t *, epx__exchange_handle_t *, const epx_rows_t *, bool,
+                               const epx__target_t *, epx_stream_t);
+epx_status_t epx__ht_cuda_combine(epx__exchange_t *, epx__exchange_handle_t *, const epx_combine_t *, size_t,
+                                  epx_stream_t);
+epx_status_t epx__ht_cuda_barrier(epx__exchange_t *, epx_stream_t);
+epx_status_t epx__ht_cuda_check(epx__exchange_t *, uint8_t *);
+
+/* A kernel's record, or words of a peer, into exchange->fault. Does not wait. */
+void epx__ht_cuda_poll_fault(epx__exchange_t *exchange);
+
+#endif

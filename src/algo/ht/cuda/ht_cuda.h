@@ -1,0 +1,193 @@
+/*
+ * The exchange on NVIDIA GPUs: what host code (C) and kernels (CUDA C) share. docs/PROTOCOL-HT.md is the protocol;
+ * its section on CUDA says what differs from the CPU.
+ *
+ * One half is one kernel. Its blocks wait for peers, never for each other (begin's grid barrier excepted, whose grid is
+ * small enough to be resident). The last block to finish tells the peers, waits for them and advances the sequence
+ * word.
+ */
+#ifndef EPX_ALGO_HT_CUDA_HT_CUDA_H
+#define EPX_ALGO_HT_CUDA_HT_CUDA_H
+
+#include "plan/routing.h"
+#include "plan/window.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HT_WORDS (EPX__CUDA_CHUNK_WORDS / 2u) /* progress words per peer and direction */
+#define HT_BATCH_LEAST 32u                    /* rows behind one progress word, where there is room */
+#define HT_WORD_SHIFT 20                      /* a progress word is sequence << 20 | batch + 1, so that it only grows */
+#define HT_WARPS_MAX 16u
+#define HT_DEST_BYTES 64u /* a rank's line in the table of destinations (rows) and of sources (combine) */
+#define HT_SOURCE_BYTES 40u
+#define HT_SLOTS_BULK 32u /* rows of one token that combine loads by bulk copies; more go the plain way */
+
+/* Where a half was when it failed. Texts in exchange.c, in this order. */
+enum ht_stage {
+    HT_STAGE_MAILBOX,  /* waiting for the peer to have read my last message but one */
+    HT_STAGE_MESSAGE,  /* waiting for the peer's message */
+    HT_STAGE_KIND,     /* the peer is in another operation */
+    HT_STAGE_HANDLE,   /* ... in the same operation of another handle */
+    HT_STAGE_SHAPE,    /* ... with other arguments */
+    HT_STAGE_CREDIT,   /* waiting for room in the peer's ring */
+    HT_STAGE_ARRIVAL,  /* waiting for the peer's rows */
+    HT_STAGE_END,      /* waiting for the peer to end the half */
+    HT_STAGE_BARRIER,  /* waiting for this kernel's other blocks */
+    HT_STAGE_OVERFLOW, /* more rows than room */
+    HT_STAGE_TOLD      /* a peer told of its failure */
+};
+
+/* In device memory, one per exchange. Kernels of one exchange run one after another. */
+typedef struct ht_state {
+    uint64_t sequence;    /* of the last half that ended; advanced by the last block */
+    uint32_t blocks_done; /* blocks of the running kernel that finished; 0 between kernels */
+    uint32_t barrier;     /* arrivals at begin's grid barrier; 0 between kernels */
+    uint32_t fault;       /* 1: somebody has taken the right to write the host's record */
+    uint32_t bad_ids;     /* ever */
+} ht_state_t;
+
+/* In pinned host memory that kernels see, one per exchange. */
+typedef struct ht_host {
+    uint32_t ready; /* written last: the record below is complete */
+    uint32_t status, kind, stage;
+    int32_t peer;
+    uint32_t abort;   /* written by the host: end all waits */
+    uint32_t bad_ids; /* ever; as of the last begin */
+    uint32_t pad;
+    uint64_t sequence, expected, seen, waited_ns;
+} ht_host_t;
+
+/* What every kernel gets. */
+typedef struct ht_common {
+    int32_t rank, ranks;
+    char *window;       /* own */
+    char *const *peers; /* device, [ranks]: their windows as this device sees them */
+    epx__window_layout_t layout;
+    ht_state_t *state;
+    ht_host_t *host;
+    uint32_t *produced; /* [ranks][HT_WORDS] rows put towards that peer, of a batch under way; 0 when it is complete */
+    uint32_t *consumed; /* likewise: rows taken */
+    uint64_t timeout_ns;
+    uint32_t kind, generation;
+    uint64_t shape;
+} ht_common_t;
+
+/* One handle's arrays, device memory. begin writes them, later halves read them. */
+typedef struct ht_record {
+    int32_t *dst_rank, *dst_row; /* [tokens][slots] */
+    int32_t *matrix;             /* [ranks][ranks] */
+    int32_t *tokens_of;          /* [ranks] */
+    int32_t *first;              /* [ranks] my first row there */
+    int32_t *start;              /* [ranks] its first row here */
+    int32_t *src_token;          /* [src_rows] */
+    uint64_t src_rows;
+    uint32_t slots;
+    /* Pinned host memory. `ticket` is written last, with the number that this begin was launched with. */
+    uint64_t *ticket;
+    int32_t *host_matrix, *host_tokens, *host_experts;
+} ht_record_t;
+
+typedef struct ht_begin {
+    ht_common_t c;
+    ht_record_t h;
+    epx__experts_t map;          /* device pointers */
+    const int32_t *expert_list;  /* with a map: experts by (rank, local number); NULL otherwise */
+    const int32_t *expert_start; /* [ranks + 1] into it */
+    const void *topk_idx;
+    const uint8_t *in_rank;
+    uint32_t tokens, topk, alignment, groups_max;
+    int bits;
+    uint64_t recv_max;
+    uint64_t ticket;
+    /* scratch */
+    uint32_t *bit;          /* [ranks][groups_max] which of 32 tokens go there */
+    uint32_t *before;       /* [ranks][groups_max] how many of earlier groups do */
+    uint32_t *expert_count; /* [experts] zero between kernels */
+    uint64_t *recv_max_of;  /* [ranks] */
+} ht_begin_t;
+
+/* How a kernel's shared memory is cut: each warp has `stages` stages of `stage_bytes`. */
+typedef struct ht_cut {
+    uint32_t warps, stages, stage_bytes;
+    uint32_t chunk_bytes, chunks; /* of a row's payload */
+    uint32_t bars_offset, table_offset, total_bytes;
+} ht_cut_t;
+
+typedef struct ht_rows {
+    ht_common_t c;
+    ht_record_t h;
+    epx__experts_t map;
+    ht_cut_t cut;
+    uint32_t tokens, topk, batch; /* batch: rows behind a progress word; 0 asks for none (a lease) */
+    int bits;
+    uint32_t first, own;  /* first: ids, weights and source tokens travel; own: the caller's memory */
+    uint32_t send_blocks; /* the others copy out */
+    /* what travels */
+    const char *x, *side;
+    uint64_t row_bytes, x_stride;
+    uint32_t side_bytes, side_elems, side_elem_bytes, side_bulk;
+    int64_t side_token_stride, side_elem_stride;
+    const void *topk_idx;
+    const float *topk_weights;
+    epx__row_shape_t row_shape; /* of what travels */
+    /* where it lands */
+    uint64_t direct, place_offset,
+        capacity; /* whole place; else rings of `capacity` rows at place_offset + i * ring_bytes */
+    uint64_t ring_bytes;
+    epx_place_t place; /* final arrays */
+    uint64_t tail_to;  /* rows of the place: ids behind the last row are set to -1; 0: no tail */
+} ht_rows_t;
+
+typedef struct ht_combine {
+    ht_common_t c;
+    ht_record_t h;
+    ht_cut_t cut;
+    uint32_t tokens, topk, batch, slots_bulk; /* slots_bulk 0: the plain way */
+    uint32_t push_blocks;                     /* the first ones; the others add */
+    int dtype;
+    uint64_t row_bytes, x_stride;
+    const char *x;
+    uint64_t x_offset;       /* in the window; 0: elsewhere, pushed */
+    const float *weights;    /* or NULL */
+    uint64_t weights_offset; /* likewise */
+    const char *bias[2];
+    char *out;
+    float *out_weights;
+    /* rings in my reserve, one per peer in rank order */
+    uint64_t ring_offset, ring_bytes, ring_rows, ring_weights;
+} ht_combine_t;
+
+typedef struct ht_check {
+    ht_common_t c;
+    uint32_t *works; /* pinned host memory, [ranks]; grows by one for each right half */
+} ht_check_t;
+
+typedef struct ht_layout {
+    epx__experts_t map;
+    const int32_t *domain_of; /* device, [ranks] */
+    const void *topk_idx;
+    int bits;
+    uint32_t tokens, topk, ranks;
+    int32_t *tokens_per_rank, *tokens_per_domain, *tokens_per_expert;
+    uint8_t *in_rank;
+} ht_layout_t;
+
+/* Launchers: 0, or a cudaError_t. They enqueue and return. */
+int epx__ht_launch_begin(const ht_begin_t *p, uint32_t blocks, void *stream);
+int epx__ht_launch_rows(const ht_rows_t *p, uint32_t blocks, void *stream);
+int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, void *stream);
+int epx__ht_launch_barrier(const ht_common_t *c, void *stream);
+int epx__ht_launch_check(const ht_check_t *p, void *stream);
+int epx__ht_launch_layout(const ht_layout_t *p, void *stream);
+/* Load every kernel now, on the current device, and allow it `shared_bytes` of shared memory. */
+int epx__ht_load_begin(void);
+int epx__ht_load_rows(uint32_t shared_bytes);
+int epx__ht_load_combine(uint32_t shared_bytes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,532 @@
+/*
+ * rows: every token's row, read once, stored at its final row at every destination.
+ *
+ * Sending blocks: a warp takes every G-th (token, chunk). Lane 0 drives the loads into the warp's stages; lane j sends
+ * to the token's j-th destination, each by a bulk store out of the same stage. The loads of the next item run
+ * meanwhile, and the first ones start before any peer has published. Side data, ids, weights and source tokens go by
+ * ordinary stores.
+ *
+ * Into a lease nothing else is needed: the last block tells the peers that all is written. Into the caller's memory the
+ * rows of peers pass through a lease or ring in the window: the sender publishes a progress word a batch, copying
+ * blocks take the rows out as they come (flow.cuh). Own rows go straight to their place.
+ */
+#include <cuda_runtime.h>
+
+#include "algo/ht/cuda/flow.cuh"
+
+/* Where rows for one rank go. Pointers that are NULL: that part is dropped. */
+typedef struct ht_dest {
+    char *x, *side, *idx, *weights, *src;
+    uint32_t first; /* my first row there */
+    uint32_t rows;  /* that I have for it */
+    uint32_t ring;  /* 0: final rows */
+    uint32_t batch; /* 0: it wants no progress words */
+    uint64_t room;  /* rows at x */
+} ht_dest_t;
+static_assert(sizeof(ht_dest_t) == HT_DEST_BYTES, "the host sizes the table");
+
+/* The same offsets as epx__place_layout_make's (tests/gpu compares them). */
+typedef struct ht_place_offsets {
+    uint64_t side, idx, weights, src;
+} ht_place_offsets_t;
+
+EPX__DEVICE uint64_t align_row(uint64_t bytes)
+{
+    return (bytes + EPX__ROW_ALIGN - 1) / EPX__ROW_ALIGN * EPX__ROW_ALIGN;
+}
+EPX__DEVICE ht_place_offsets_t place_offsets(const epx__row_shape_t &shape, uint64_t capacity)
+{
+    ht_place_offsets_t o;
+    o.side = align_row(capacity * shape.row_bytes);
+    o.idx = align_row(o.side + capacity * shape.side_bytes);
+    o.weights = align_row(o.idx + capacity * shape.topk * shape.idx_bytes);
+    o.src = align_row(o.weights + (shape.weights ? capacity * shape.topk * 4 : 0));
+    return o;
+}
+
+EPX__DEVICE void place_pointers(const epx__row_shape_t &shape, char *base, uint64_t capacity, ht_dest_t *d)
+{
+    ht_place_offsets_t o = place_offsets(shape, capacity);
+    d->x = base;
+    d->side = shape.side_bytes ? base + o.side : NULL;
+    d->idx = shape.topk ? base + o.idx : NULL;
+    d->weights = shape.topk && shape.weights ? base + o.weights : NULL;
+    d->src = shape.src_token ? base + o.src : NULL;
+}
+
+/* ---- publishing, and reading what peers published ---- */
+
+/* Ring (or place) of the i-th peer in this rank's window. */
+EPX__DEVICE uint64_t ring_offset(const ht_rows_t &p, int peer)
+{
+    return p.place_offset + (p.direct ? 0 : p.ring_bytes * (uint64_t)(peer < p.c.rank ? peer : peer - 1));
+}
+
+EPX__DEVICE bool publish_places(const ht_rows_t &p, uint64_t n)
+{
+    const ht_common_t &c = p.c;
+    for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
+        if (r == c.rank)
+            continue;
+        epx__message_t *m = ht_slot(c, n, r);
+        if (!m)
+            return false;
+        m->direct = p.direct;
+        m->place = ring_offset(p, r);
+        m->capacity = p.capacity;
+        m->spare[0] = p.batch;
+        st_release_sys_u64(&m->sequence, n);
+    }
+    return true;
+}
+
+EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
+{
+    const ht_common_t &c = p.c;
+    d->first = (uint32_t)p.h.first[r];
+    d->rows = (uint32_t)p.h.matrix[(size_t)c.rank * (uint32_t)c.ranks + (uint32_t)r];
+    if (r == c.rank) {
+        d->x = (char *)p.place.x;
+        d->side = (char *)p.place.side;
+        d->idx = (char *)p.place.topk_idx;
+        d->weights = (char *)p.place.topk_weights;
+        d->src = (char *)(p.own ? p.h.src_token : p.place.src_token);
+        d->ring = d->batch = 0;
+        d->room = UINT64_MAX;
+        return true;
+    }
+    const epx__message_t *m = ht_message(c, n, r);
+    if (!m)
+        return false;
+    uint64_t capacity = ld_relaxed_sys_u64(&m->capacity);
+    place_pointers(p.row_shape, c.peers[r] + ld_relaxed_sys_u64(&m->place), capacity, d);
+    d->room = capacity;
+    d->ring = ld_relaxed_sys_u64(&m->direct) ? 0 : (uint32_t)capacity;
+    d->batch = (uint32_t)ld_relaxed_sys_u64(&m->spare[0]);
+    if (d->rows == 0 || (d->ring ? capacity != 0 : d->first + (uint64_t)d->rows <= capacity))
+        return true;
+    ht_fault_t f = {EPX_E_OVERFLOW, HT_STAGE_OVERFLOW, r, capacity, d->first + (uint64_t)d->rows, 0};
+    ht_fail(c, n, f);
+    return false;
+}
+
+/* ---- sending ---- */
+
+/* A warp's walk over its items. */
+typedef struct ht_walk {
+    uint32_t warp, warps; /* among all sending warps */
+    uint32_t lane;
+    uint64_t items;
+} ht_walk_t;
+
+/* Lane's destination of one item. */
+typedef struct ht_aim {
+    int32_t rank, row; /* -1: none */
+} ht_aim_t;
+
+EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint64_t item, uint32_t slot)
+{
+    ht_aim_t a = {-1, -1};
+    size_t i = (size_t)(item / p.cut.chunks) * p.h.slots + slot;
+    if (slot < p.h.slots) {
+        a.rank = __ldg(&p.h.dst_rank[i]);
+        a.row = __ldg(&p.h.dst_row[i]);
+    }
+    return a;
+}
+
+EPX__DEVICE uint32_t chunk_bytes_of(const ht_rows_t &p, uint32_t chunk)
+{
+    uint64_t at = (uint64_t)chunk * p.cut.chunk_bytes;
+    return p.row_bytes - at < p.cut.chunk_bytes ? (uint32_t)(p.row_bytes - at) : p.cut.chunk_bytes;
+}
+
+/* Lane 0: start loading an item's bytes into stage i. The side data follows the first chunk when it goes by bulk
+ * copies. */
+EPX__DEVICE void send_load(const ht_rows_t &p, const ht_stages_t &s, uint32_t i, uint64_t item)
+{
+    uint64_t token = item / p.cut.chunks;
+    uint32_t chunk = (uint32_t)(item % p.cut.chunks), bytes = chunk_bytes_of(p, chunk);
+    bool side = chunk == 0 && p.side_bulk;
+    mbarrier_expect_bytes(&s.bars[i], bytes + (side ? p.side_bytes : 0));
+    bulk_load(stage_at(s, i), p.x + token * p.x_stride + (uint64_t)chunk * p.cut.chunk_bytes, bytes, &s.bars[i]);
+    if (side)
+        bulk_load(stage_at(s, i) + p.cut.chunk_bytes, p.side + (int64_t)token * p.side_token_stride, p.side_bytes,
+                  &s.bars[i]);
+}
+
+EPX__DEVICE uint64_t dest_row(const ht_dest_t &d, int32_t row)
+{
+    return d.ring ? ((uint32_t)row - d.first) % d.ring : (uint64_t)(uint32_t)row;
+}
+
+/* May this row be written? Ring slots are free once the row a lap earlier has been taken. */
+EPX__DEVICE bool send_credit(const ht_rows_t &p, const ht_dest_t &d, uint64_t n, ht_aim_t a, const uint64_t **word,
+                             uint64_t *want)
+{
+    if (!d.ring)
+        return true;
+    uint32_t b = ((uint32_t)a.row - d.first) / d.batch, lap = d.ring / d.batch;
+    if (b < lap)
+        return true;
+    *word = take_words(p.c, p.c.window, a.rank) + (b - lap) % HT_WORDS;
+    *want = batch_word(n, b - lap);
+    return ld_acquire_sys_u64(*word) >= *want;
+}
+
+EPX__DEVICE void send_count(const ht_rows_t &p, const ht_dest_t *dests, uint64_t n, ht_aim_t a)
+{
+    if (a.rank < 0 || dests[a.rank].batch == 0)
+        return;
+    const ht_dest_t &d = dests[a.rank];
+    uint32_t b = ((uint32_t)a.row - d.first) / d.batch;
+    count_batch(p.c.produced + (size_t)a.rank * HT_WORDS, put_words(p.c, p.c.peers[a.rank], p.c.rank), n, b,
+                batch_total(d.rows, d.batch, b, p.cut.chunks));
+}
+
+/* Lane: the payload chunk (and bulk side data) to its destination. */
+EPX__DEVICE void send_store(const ht_rows_t &p, const ht_dest_t &d, const ht_stages_t &s, uint32_t i, uint64_t item,
+                            ht_aim_t a)
+{
+    uint32_t chunk = (uint32_t)(item % p.cut.chunks), bytes = chunk_bytes_of(p, chunk);
+    uint64_t row = dest_row(d, a.row);
+    bulk_store(d.x + row * p.row_bytes + (uint64_t)chunk * p.cut.chunk_bytes, stage_at(s, i), bytes);
+    if (chunk == 0 && p.side_bulk && d.side)
+        bulk_store(d.side + row * p.side_bytes, stage_at(s, i) + p.cut.chunk_bytes, p.side_bytes);
+}
+
+/* Warp, below sm_90: the same by ordinary loads and stores. */
+EPX__DEVICE void send_plain(const ht_rows_t &p, const ht_dest_t *dests, uint64_t item, ht_aim_t a)
+{
+    uint64_t token = item / p.cut.chunks;
+    uint32_t chunk = (uint32_t)(item % p.cut.chunks), bytes = chunk_bytes_of(p, chunk), lane = threadIdx.x % 32;
+    const char *from = p.x + token * p.x_stride + (uint64_t)chunk * p.cut.chunk_bytes;
+    for (uint32_t left = __ballot_sync(0xffffffffu, a.rank >= 0); left; left &= left - 1) {
+        int j = __ffs((int)left) - 1;
+        int rank = __shfl_sync(0xffffffffu, a.rank, j), row = __shfl_sync(0xffffffffu, a.row, j);
+        char *to = dests[rank].x + dest_row(dests[rank], row) * p.row_bytes + (uint64_t)chunk * p.cut.chunk_bytes;
+        for (uint32_t at = lane * 16; at < bytes; at += 512)
+            st_global_16(to + at, ld_global_16(from + at));
+    }
+}
+
+/* Warp: one token's side data to one destination, any strides. */
+EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint64_t token)
+{
+    uint32_t lane = threadIdx.x % 32, width = p.side_elem_bytes;
+    const char *from = p.side + (int64_t)token * p.side_token_stride;
+    bool words = p.side_elem_stride == (int64_t)width && (uintptr_t)from % 4 == 0 && (uintptr_t)to % 4 == 0;
+    for (uint32_t e = lane; words && e < p.side_bytes / 4; e += 32)
+        ((uint32_t *)to)[e] = ((const uint32_t *)from)[e];
+    for (uint32_t e = lane; !words && e < p.side_elems; e += 32) {
+        const char *at = from + (int64_t)e * p.side_elem_stride;
+        if (width == 4)
+            ((uint32_t *)to)[e] = *(const uint32_t *)at;
+        else if (width == 8)
+            ((uint64_t *)to)[e] = *(const uint64_t *)at;
+        else if (width == 2)
+            ((uint16_t *)to)[e] = *(const uint16_t *)at;
+        else
+            to[e] = *at;
+    }
+}
+
+/* Warp: ids as the destination sees them, their weights, and where the row came from. */
+EPX__DEVICE void send_ids(const ht_rows_t &p, const ht_dest_t &d, uint64_t row, uint64_t token, int rank)
+{
+    uint32_t lane = threadIdx.x % 32;
+    if (lane == 0 && d.src)
+        ((int32_t *)d.src)[row] = (int32_t)token;
+    if (lane >= p.topk || (!d.idx && !d.weights))
+        return;
+    int64_t id = epx__topk_id(p.topk_idx, p.bits, token * p.topk + lane);
+    bool here = id >= 0 && id < (int64_t)p.map.experts && epx__expert_rank(&p.map, id) == rank;
+    int32_t local = here ? epx__expert_local(&p.map, id) : -1;
+    uint64_t at = row * p.topk + lane;
+    if (d.idx && p.bits == 32)
+        ((int32_t *)d.idx)[at] = local;
+    else if (d.idx)
+        ((int64_t *)d.idx)[at] = local;
+    if (d.weights)
+        ((float *)d.weights)[at] = here ? p.topk_weights[token * p.topk + lane] : 0.0f;
+}
+
+/* Warp: what goes by ordinary stores, to each of (up to 32) destinations in turn. */
+EPX__DEVICE void send_rest(const ht_rows_t &p, const ht_dest_t *dests, uint64_t item, ht_aim_t a)
+{
+    bool side = p.side_bytes && !p.side_bulk;
+    if (item % p.cut.chunks != 0 || (!side && !p.first))
+        return;
+    uint64_t token = item / p.cut.chunks;
+    for (uint32_t left = __ballot_sync(0xffffffffu, a.rank >= 0); left; left &= left - 1) {
+        int j = __ffs((int)left) - 1;
+        int rank = __shfl_sync(0xffffffffu, a.rank, j), row = __shfl_sync(0xffffffffu, a.row, j);
+        const ht_dest_t &d = dests[rank];
+        uint64_t to = dest_row(d, row);
+        if (side && d.side)
+            send_side(p, d.side + to * p.side_bytes, token);
+        if (p.first)
+            send_ids(p, d, to, token, rank);
+    }
+}
+
+/* Warp: wait until every lane's row may be written. Rows sent before are counted first, or the receiver might wait for
+ * them. */
+EPX__DEVICE bool send_gate(const ht_rows_t &p, const ht_dest_t *dests, uint64_t n, ht_aim_t a, ht_aim_t *before)
+{
+    const uint64_t *word = NULL;
+    uint64_t want = 0;
+    bool open = a.rank < 0 || send_credit(p, dests[a.rank], n, a, &word, &want);
+    if (__all_sync(0xffffffffu, open))
+        return true;
+    bulk_wait_done();
+    __syncwarp();
+    send_count(p, dests, n, *before);
+    before->rank = -1;
+    open = open || ht_wait(p.c, n, word, want, a.rank, HT_STAGE_CREDIT);
+    return __all_sync(0xffffffffu, open) != 0;
+}
+
+/* Warp: destinations beyond the first 32 of one item (a mask over many ranks). */
+EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_dest_t *dests, const ht_stages_t &s, uint32_t i, uint64_t n,
+                           uint64_t item)
+{
+    for (uint32_t at = 32; at < p.h.slots; at += 32) {
+        ht_aim_t a = aim_at(p, item, at + threadIdx.x % 32), none = {-1, -1};
+        if (!__ballot_sync(0xffffffffu, a.rank >= 0))
+            break;
+        if (!send_gate(p, dests, n, a, &none))
+            return false;
+#if EPX__BULK
+        if (a.rank >= 0)
+            send_store(p, dests[a.rank], s, i, item, a);
+        bulk_commit();
+#else
+        send_plain(p, dests, item, a);
+#endif
+        send_rest(p, dests, item, a);
+        bulk_wait_done();
+        __syncwarp();
+        send_count(p, dests, n, a);
+    }
+    return true;
+}
+
+/* Warp: one item whose bytes are in stage i. */
+EPX__DEVICE bool send_item(const ht_rows_t &p, const ht_dest_t *dests, const ht_stages_t &s, uint32_t i, uint64_t n,
+                           uint64_t item, ht_aim_t a, bool counted, ht_aim_t *before)
+{
+    if (counted) {
+        if (!send_gate(p, dests, n, a, before))
+            return false;
+        fence_proxy_async(); /* the ring's rows were read; now the engine overwrites them */
+    }
+#if EPX__BULK
+    if (a.rank >= 0)
+        send_store(p, dests[a.rank], s, i, item, a);
+    bulk_commit();
+#else
+    send_plain(p, dests, item, a);
+#endif
+    send_rest(p, dests, item, a);
+    if (counted) {
+        bulk_wait_done_but_1();
+        __syncwarp();
+        send_count(p, dests, n, *before);
+        *before = a;
+    }
+    return p.h.slots <= 32 || send_more(p, dests, s, i, n, item);
+}
+
+/* Does any receiver ask for progress words? */
+EPX__DEVICE bool any_counted(const ht_rows_t &p, const ht_dest_t *dests)
+{
+    bool counted = false;
+    for (int r = (int)threadIdx.x % 32; r < p.c.ranks; r += 32)
+        counted = counted || dests[r].batch != 0;
+    return __any_sync(0xffffffffu, counted) != 0;
+}
+
+/* Warp: all its items. The first one is being loaded into stage 0; `next` is where it goes. */
+EPX__DEVICE bool send_items(const ht_rows_t &p, const ht_dest_t *dests, ht_stages_t &s, const ht_walk_t &w, uint64_t n,
+                            ht_aim_t next)
+{
+    ht_aim_t before = {-1, -1};
+    bool counted = any_counted(p, dests), ok = true, loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
+    uint32_t stages = p.cut.stages, i = 0;
+    for (uint64_t item = w.warp; item < w.items && ok; item += w.warps) {
+        ht_aim_t a = next;
+        uint64_t ahead = item + w.warps;
+        bool used = loading;
+        uint32_t then = i + 1 == stages ? 0 : i + 1;
+        next = ahead < w.items ? aim_at(p, ahead, w.lane) : ht_aim_t{-1, -1};
+        loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
+        if (EPX__BULK && stages > 1 && loading) { /* into the stage of the item before: it must have been read */
+            bulk_wait_read_all();
+            __syncwarp();
+            if (w.lane == 0)
+                send_load(p, s, then, ahead);
+        }
+        if (used) {
+            if (EPX__BULK)
+                stage_wait(s, i);
+            ok = send_item(p, dests, s, i, n, item, a, counted, &before);
+        }
+        if (EPX__BULK && stages == 1 && loading && ok) {
+            bulk_wait_read_all();
+            __syncwarp();
+            if (w.lane == 0)
+                send_load(p, s, 0, ahead);
+        }
+        i = then;
+    }
+    if (EPX__BULK && !ok && loading && stages > 1)
+        stage_wait(s, i); /* the engine still writes shared memory: do not leave before */
+    bulk_wait_done();
+    __syncwarp();
+    if (counted && ok)
+        send_count(p, dests, n, before);
+    return ok;
+}
+
+/* ---- copying out ---- */
+
+EPX__DEVICE void set_part(ht_part_t *part, const char *from, void *to, uint64_t bytes)
+{
+    part->from = from;
+    part->to = (char *)to;
+    part->bytes = from && to ? bytes : 0;
+}
+
+/* The flow of one source's rows from the window into the caller's memory. */
+__device__ bool copy_flow(const ht_rows_t &p, uint64_t n, int from, ht_flow_t *f)
+{
+    const ht_common_t &c = p.c;
+    ht_dest_t d;
+    place_pointers(p.row_shape, c.window + ring_offset(p, from), p.capacity, &d);
+    f->peer = from;
+    f->rows = (uint32_t)p.h.matrix[(size_t)from * (uint32_t)c.ranks + (uint32_t)c.rank];
+    f->batch = p.batch;
+    f->gate = put_words(c, c.window, from);
+    f->gate_lag = 0;
+    bool ring = !p.direct && f->rows > p.capacity;
+    f->publish = ring ? take_words(c, c.peers[from], c.rank) : NULL;
+    f->counts = c.consumed + (size_t)from * HT_WORDS;
+    f->to_first = (uint64_t)(uint32_t)p.h.start[from];
+    f->to_ring = 0;
+    f->from_first = p.direct ? f->to_first : 0;
+    f->from_ring = p.direct ? 0 : (uint32_t)p.capacity;
+    f->x = d.x;
+    f->x_to = (char *)p.place.x;
+    f->x_bytes = f->x_stride = f->x_to_stride = p.row_bytes;
+    set_part(&f->part[0], d.side, p.place.side, p.row_shape.side_bytes);
+    set_part(&f->part[1], d.idx, p.place.topk_idx, (uint64_t)p.row_shape.topk * p.row_shape.idx_bytes);
+    set_part(&f->part[2], d.weights, p.place.topk_weights, (uint64_t)p.row_shape.topk * 4);
+    set_part(&f->part[3], p.first ? d.src : NULL, p.h.src_token, 4);
+    return true;
+}
+
+/* ---- the half ---- */
+
+/* Rows behind the last one (worst case): ids -1, weights 0, no source. All threads of all blocks. */
+EPX__DEVICE void fill_tail(const ht_rows_t &p)
+{
+    uint64_t total = (uint64_t)(uint32_t)p.h.start[p.c.ranks - 1] +
+                     (uint32_t)p.h.matrix[(size_t)(p.c.ranks - 1) * (uint32_t)p.c.ranks + (uint32_t)p.c.rank];
+    uint64_t at = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (uint64_t)gridDim.x * blockDim.x;
+    for (uint64_t i = total * p.topk + at; i < p.tail_to * p.topk; i += step) {
+        if (p.place.topk_idx && p.bits == 32)
+            ((int32_t *)p.place.topk_idx)[i] = -1;
+        else if (p.place.topk_idx)
+            ((int64_t *)p.place.topk_idx)[i] = -1;
+        if (p.place.topk_weights)
+            p.place.topk_weights[i] = 0.0f;
+    }
+    int32_t *src = p.own ? p.h.src_token : p.place.src_token;
+    for (uint64_t i = total + at; p.first && src && i < p.tail_to && (!p.own || i < p.h.src_rows); i += step)
+        src[i] = -1;
+}
+
+/*
+ * Where rows came from. With ids (first) it travels: into a lease, from where the handle keeps a copy; with the
+ * caller's memory into the handle's array. Later dispatches of the handle take it from there.
+ */
+EPX__DEVICE void copy_sources(const ht_rows_t &p, bool keep, uint64_t at, uint64_t step)
+{
+    const int32_t *from = keep ? p.place.src_token : p.h.src_token;
+    int32_t *to = keep ? p.h.src_token : p.place.src_token;
+    uint64_t rows = p.tail_to
+                        ? p.tail_to
+                        : (uint64_t)(uint32_t)p.h.start[p.c.ranks - 1] +
+                              (uint32_t)p.h.matrix[(size_t)(p.c.ranks - 1) * (uint32_t)p.c.ranks + (uint32_t)p.c.rank];
+    for (uint64_t i = at; to && from && i < rows && (!keep || i < p.h.src_rows); i += step)
+        to[i] = keep || i < p.h.src_rows ? (int32_t)ld_relaxed_sys_u32((const uint32_t *)&from[i]) : -1;
+}
+
+EPX__DEVICE bool send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
+{
+    ht_dest_t *dests = (ht_dest_t *)(shared + p.cut.table_offset);
+    ht_stages_t s = stages_init(p.cut, shared);
+    ht_walk_t w = {threadIdx.x / 32 * p.send_blocks + blockIdx.x, p.send_blocks * p.cut.warps, threadIdx.x % 32,
+                   (uint64_t)p.tokens * p.cut.chunks};
+    ht_aim_t next = {-1, -1};
+    if (w.warp < w.items) { /* reading one's own x needs nobody's leave */
+        next = aim_at(p, w.warp, w.lane);
+        if (EPX__BULK && w.lane == 0 && next.rank >= 0)
+            send_load(p, s, 0, w.warp);
+    }
+    bool loading = __any_sync(0xffffffffu, next.rank >= 0);
+    bool ok = true;
+    for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
+        ok = read_place(p, b->n, r, &dests[r]);
+    fence_proxy_async(); /* the places were published by ordinary stores */
+    if (__syncthreads_and(ok))
+        return send_items(p, dests, s, w, b->n, next);
+    if (EPX__BULK && loading)
+        stage_wait(s, 0); /* the engine still writes shared memory: do not leave before */
+    return false;
+}
+
+__global__ void __launch_bounds__(HT_WARPS_MAX * 32, 1) ht_rows_kernel(const __grid_constant__ ht_rows_t p)
+{
+    extern __shared__ __align__(128) char shared[];
+    __shared__ ht_block_t b;
+    if (!ht_enter(p.c, &b))
+        return;
+    if (blockIdx.x == 0)
+        publish_places(p, b.n);
+    if (blockIdx.x < p.send_blocks) {
+        send_block(p, &b, shared);
+    } else {
+        ht_stages_t s = stages_init(p.cut, shared);
+        uint32_t w = threadIdx.x / 32 * (gridDim.x - p.send_blocks) + blockIdx.x - p.send_blocks;
+        flows_run<ht_rows_t, copy_flow>(p, s, b.n, w, (gridDim.x - p.send_blocks) * p.cut.warps,
+                                        (uint32_t *)(shared + p.cut.table_offset));
+    }
+    if (p.tail_to)
+        fill_tail(p);
+    if (!p.first)
+        copy_sources(p, false, (uint64_t)blockIdx.x * blockDim.x + threadIdx.x, (uint64_t)gridDim.x * blockDim.x);
+    bulk_wait_done();
+    fence_proxy_async();
+    if (!ht_last_block(p.c, &b))
+        return;
+    if (!ht_stopped(p.c, b.n, false)) {
+        ht_tell_end(p.c, b.n);
+        if (ht_wait_ends(p.c, &b) && p.first)
+            copy_sources(p, !p.own, threadIdx.x, blockDim.x);
+    }
+    ht_leave(p.c, &b);
+}
+
+extern "C" int epx__ht_launch_rows(const ht_rows_t *p, uint32_t blocks, void *stream)
+{
+    ht_rows_kernel<<<blocks, p->cut.warps * 32, p->cut.total_bytes, (cudaStream_t)stream>>>(*p);
+    return (int)cudaGetLastError();
+}
+
+extern "C" int epx__ht_load_rows(uint32_t shared_bytes)
+{
+    return (int)cudaFuncSetAttribute((const void *)ht_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     (int)shared_bytes);
+}

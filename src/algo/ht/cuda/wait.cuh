@@ -1,0 +1,230 @@
+/*
+ * What all HT kernels do alike: take their number, find words and messages, wait with a deadline, fail so that
+ * everybody hears of it, and finish.
+ *
+ * Who fails first on this rank (ht_state.fault) writes the host's record, then its error slot and the alarm in every
+ * peer's window. Every wait looks at the own window's alarm, so all blocks of all ranks leave within microseconds.
+ */
+#ifndef EPX_ALGO_HT_CUDA_WAIT_CUH
+#define EPX_ALGO_HT_CUDA_WAIT_CUH
+
+#include "algo/ht/cuda/ht_cuda.h"
+#include "device/cuda/ptx.cuh"
+
+/* In shared memory, one per block. */
+typedef struct ht_block {
+    uint64_t n; /* this half's number */
+    uint32_t stop;
+    uint32_t last;
+} ht_block_t;
+
+/* ---- where things are ---- */
+
+EPX__DEVICE epx__message_t *mail_at(const ht_common_t &c, char *window, int from, uint64_t n)
+{
+    return (epx__message_t *)(window + c.layout.mail_offset + ((size_t)from * 2 + (n & 1)) * c.layout.message_bytes);
+}
+EPX__DEVICE epx__words_t *words_at(const ht_common_t &c, char *window, int from)
+{
+    return (epx__words_t *)(window + c.layout.words_offset) + from;
+}
+/* Progress words that `from` writes: first those of the rows it puts, then those of the rows it takes. */
+EPX__DEVICE uint64_t *put_words(const ht_common_t &c, char *window, int from)
+{
+    return (uint64_t *)(window + c.layout.chunk_words_offset) + (size_t)from * (2 * HT_WORDS);
+}
+EPX__DEVICE uint64_t *take_words(const ht_common_t &c, char *window, int from)
+{
+    return put_words(c, window, from) + HT_WORDS;
+}
+EPX__DEVICE uint64_t *alarm_of(const ht_common_t &c, char *window)
+{
+    return ((epx__control_t *)(window + c.layout.control_offset))->alarm;
+}
+EPX__DEVICE uint64_t batch_word(uint64_t n, uint32_t batch)
+{
+    return n << HT_WORD_SHIFT | (batch + 1);
+}
+
+/* ---- failing ---- */
+
+EPX__DEVICE void post_error(const ht_common_t &c, int to, uint32_t status, int about, uint64_t n)
+{
+    char *window = c.peers[to];
+    epx__error_slot_t *slot = (epx__error_slot_t *)(window + c.layout.errors_offset) + c.rank;
+    slot->sequence = n;
+    slot->peer = about;
+    slot->status = (int32_t)status;
+    st_release_sys_u64(&slot->word, (uint64_t)status | (uint64_t)c.kind << 8);
+    st_release_sys_u64(alarm_of(c, window), 1);
+}
+
+typedef struct ht_fault {
+    uint32_t status, stage;
+    int peer;
+    uint64_t expected, seen, waited_ns;
+} ht_fault_t;
+
+EPX__DEVICE void write_record(const ht_common_t &c, uint64_t n, const ht_fault_t &f)
+{
+    volatile ht_host_t *h = c.host;
+    h->status = f.status;
+    h->kind = c.kind;
+    h->stage = f.stage;
+    h->peer = f.peer;
+    h->sequence = n;
+    h->expected = f.expected;
+    h->seen = f.seen;
+    h->waited_ns = f.waited_ns;
+    fence_acq_rel_sys();
+    h->ready = 1;
+}
+
+static __device__ __noinline__ void ht_fail(const ht_common_t &c, uint64_t n, const ht_fault_t &f)
+{
+    if (atomicCAS(&c.state->fault, 0u, 1u) != 0u)
+        return;
+    write_record(c, n, f);
+    if (f.stage != HT_STAGE_TOLD) {
+        for (int r = 0; r < c.ranks; r++) {
+            if (r != c.rank)
+                post_error(c, r, f.status, f.peer, n);
+        }
+    }
+    st_release_sys_u64(alarm_of(c, c.window), 1);
+}
+
+/* Is this rank to stop? A peer's alarm becomes the host's record. The host's own word is across PCIe: asked for rarely.
+ */
+EPX__DEVICE bool ht_stopped(const ht_common_t &c, uint64_t n, bool ask_host)
+{
+    if (ld_relaxed_sys_u64(alarm_of(c, c.window)) != 0) {
+        ht_fault_t f = {EPX_E_PEER, HT_STAGE_TOLD, -1, 0, 0, 0};
+        ht_fail(c, n, f);
+        return true;
+    }
+    return ask_host && ld_relaxed_sys_u32(&c.host->abort) != 0;
+}
+
+/* ---- waiting ---- */
+
+static __device__ __noinline__ bool ht_wait_slow(const ht_common_t &c, uint64_t n, const uint64_t *word, uint64_t want,
+                                                 int peer, uint32_t stage)
+{
+    uint64_t start = globaltimer_ns();
+    for (uint32_t polls = 1;; polls++) {
+        uint64_t seen = ld_acquire_sys_u64(word);
+        if (seen >= want)
+            return true;
+        if ((polls & 7) != 0)
+            continue;
+        if (ht_stopped(c, n, (polls & 1023) == 0))
+            return false;
+        uint64_t waited = globaltimer_ns() - start;
+        if (waited > c.timeout_ns) {
+            ht_fault_t f = {EPX_E_TIMEOUT, stage, peer, want, seen, waited};
+            ht_fail(c, n, f);
+            return false;
+        }
+    }
+}
+
+/* Until *word >= want; what its writer wrote before is seen then. False: stop. */
+EPX__DEVICE bool ht_wait(const ht_common_t &c, uint64_t n, const uint64_t *word, uint64_t want, int peer,
+                         uint32_t stage)
+{
+    return ld_acquire_sys_u64(word) >= want || ht_wait_slow(c, n, word, want, peer, stage);
+}
+
+/* The message of `from` for this half, right in kind, handle and shape; NULL: stop. */
+EPX__DEVICE const epx__message_t *ht_message(const ht_common_t &c, uint64_t n, int from)
+{
+    const epx__message_t *m = mail_at(c, c.window, from, n);
+    if (!ht_wait(c, n, &m->sequence, n, from, HT_STAGE_MESSAGE))
+        return NULL;
+    uint32_t kind = ld_relaxed_sys_u32(&m->kind), generation = ld_relaxed_sys_u32(&m->generation);
+    uint64_t shape = ld_relaxed_sys_u64(&m->shape);
+    if (kind == c.kind && generation == c.generation && shape == c.shape)
+        return m;
+    ht_fault_t f = {EPX_E_MISMATCH, HT_STAGE_SHAPE, from, c.shape, shape, 0};
+    if (kind != c.kind) {
+        f.stage = HT_STAGE_KIND;
+        f.expected = c.kind;
+        f.seen = kind;
+    } else if (generation != c.generation) {
+        f.stage = HT_STAGE_HANDLE;
+        f.expected = c.generation;
+        f.seen = generation;
+    }
+    ht_fail(c, n, f);
+    return NULL;
+}
+
+/* My slot in the mailbox of `to`, free to write: its last message but one has been read. NULL: stop. One thread. */
+EPX__DEVICE epx__message_t *ht_slot(const ht_common_t &c, uint64_t n, int to)
+{
+    const uint64_t *consumed = &words_at(c, c.window, to)->consumed;
+    if (n > 2 && !ht_wait(c, n, consumed, n - 2, to, HT_STAGE_MAILBOX))
+        return NULL;
+    epx__message_t *m = mail_at(c, c.peers[to], c.rank, n);
+    m->kind = c.kind;
+    m->generation = c.generation;
+    m->shape = c.shape;
+    return m;
+}
+
+/* ---- entering and leaving a half ---- */
+
+EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
+{
+    if (threadIdx.x == 0) {
+        b->n = ld_relaxed_sys_u64(&c.state->sequence) + 1;
+        b->stop = ht_stopped(c, b->n, blockIdx.x == 0);
+    }
+    __syncthreads();
+    return b->stop == 0;
+}
+
+/* True in the last block of the grid, for all its threads: what the other blocks did is seen. */
+EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        fence_acq_rel_sys();
+        b->last = add_acq_rel_gpu_u32(&c.state->blocks_done, 1) == gridDim.x - 1;
+    }
+    __syncthreads();
+    return b->last != 0;
+}
+
+/* Last block: my part of the half is done; tell the peers. */
+EPX__DEVICE void ht_tell_end(const ht_common_t &c, uint64_t n)
+{
+    for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
+        if (r != c.rank)
+            st_release_sys_u64(&words_at(c, c.peers[r], c.rank)->consumed, n);
+    }
+}
+
+/* Last block: wait until all peers have done theirs. */
+EPX__DEVICE bool ht_wait_ends(const ht_common_t &c, ht_block_t *b)
+{
+    bool ok = true;
+    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x)
+        ok = r == c.rank || ht_wait(c, b->n, &words_at(c, c.window, r)->consumed, b->n, r, HT_STAGE_END);
+    return __syncthreads_and(ok) != 0;
+}
+
+/* Last block, after everything else: the half is over. */
+EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b)
+{
+    __syncthreads();
+    if (threadIdx.x != 0)
+        return;
+    c.state->blocks_done = 0;
+    c.state->barrier = 0;
+    if (!ht_stopped(c, b->n, false))
+        st_release_sys_u64(&c.state->sequence, b->n);
+}
+
+#endif

@@ -1,0 +1,46 @@
+/* The CUDA device: what the plug-in's host files share. */
+#ifndef EPX_DEVICE_CUDA_CUDA_DEVICE_H
+#define EPX_DEVICE_CUDA_CUDA_DEVICE_H
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "device/device.h"
+
+/* The driver's functions that cudart does not have, taken once by cudaGetDriverEntryPointByVersion. */
+typedef struct epx__cuda_driver {
+    CUresult (*mem_create)(CUmemGenericAllocationHandle *, size_t, const CUmemAllocationProp *, unsigned long long);
+    CUresult (*mem_release)(CUmemGenericAllocationHandle);
+    CUresult (*mem_granularity)(size_t *, const CUmemAllocationProp *, CUmemAllocationGranularity_flags);
+    CUresult (*mem_export)(void *, CUmemGenericAllocationHandle, CUmemAllocationHandleType, unsigned long long);
+    CUresult (*mem_import)(CUmemGenericAllocationHandle *, void *, CUmemAllocationHandleType);
+    CUresult (*address_reserve)(CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long);
+    CUresult (*address_free)(CUdeviceptr, size_t);
+    CUresult (*mem_map)(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long);
+    CUresult (*mem_unmap)(CUdeviceptr, size_t);
+    CUresult (*mem_set_access)(CUdeviceptr, size_t, const CUmemAccessDesc *, size_t);
+    CUresult (*device_attribute)(int *, CUdevice_attribute, CUdevice);
+    CUresult (*error_string)(CUresult, const char **);
+} epx__cuda_driver_t;
+
+typedef struct epx__cuda_device {
+    epx__device_t base;
+    int sms, major, minor;
+    int shared_max;      /* bytes a block may ask for */
+    cudaStream_t stream; /* for set-up copies; never waits for the caller's streams */
+} epx__cuda_device_t;
+
+/* NULL, in words, when there is no driver, it is too old, or no GPU. The answer is kept. */
+const epx__cuda_driver_t *epx__cuda_driver(const char **why);
+
+/* Fail with the runtime's or the driver's text: "what: text". */
+epx_status_t epx__cuda_fail(cudaError_t error, const char *what);
+epx_status_t epx__cuda_driver_fail(CUresult result, const char *what);
+
+/* Make `ordinal` this thread's device, and put back what was. Cheap when it is already. */
+epx_status_t epx__cuda_enter(int ordinal, int *before);
+void epx__cuda_leave(int ordinal, int before);
+
+extern const epx__device_ops_t epx__device_cuda;
+
+#endif
