@@ -181,7 +181,7 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     EPX__TRY(check_config(&x->config));
     EPX__TRY(copy_map(buffer));
     EPX__TRY(make_pools(buffer));
-    uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? x->config.tokens_max / 32 + 1 : 0;
+    uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? EPX__CUDA_CHUNK_WORDS : 0;
     EPX__TRY(epx__window_layout_make((uint32_t)group->ranks, &x->config, chunk_words, &x->layout));
     EPX__TRY(epx__window_create(group->device, group->fdserver, x->layout.total_bytes, &x->window, exported));
     *window_open = true;

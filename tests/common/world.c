@@ -37,7 +37,8 @@ static epx_stream_t cpu_stream(void)
     return NULL;
 }
 
-static const xt_memory_t memory_cpu = {EPX_BACKEND_CPU, cpu_alloc, free, cpu_put, cpu_put, cpu_fill, cpu_stream};
+static const xt_memory_t memory_cpu = {EPX_BACKEND_CPU, cpu_alloc, free, cpu_put, cpu_put, cpu_fill, cpu_stream,
+                                       NULL,            false};
 
 const xt_memory_t *xt_memory(void)
 {
@@ -186,6 +187,8 @@ static void run_rank(const xt_run_t *run, xt_world_t *world, int rank)
     xt_rank_t self = {.rank = rank, .ranks = run->ranks, .name = run->name, .world = world, .context = run->context};
     self.random = xt_mix(run->seed, (uint64_t)rank, 1, 2);
     self.memory = xt_memory();
+    if (self.memory->enter)
+        self.memory->enter(rank);
     if (!run->no_group) {
         epx_group_config_t config = {.threads = run->threads, .timeout_ms = run->timeout_ms};
         config.ranks_per_domain = run->ranks_per_domain;
@@ -243,12 +246,15 @@ static void check_exit(const xt_run_t *run, xt_world_t *world, int rank, int sta
 static void run_processes(const xt_run_t *run, xt_world_t *world)
 {
     pid_t pid[XT_RANKS_MAX];
-    int left = 0;
+    int left = 0, processes = run->processes ? run->ranks : 1; /* 1: all ranks are threads of one child */
     fflush(NULL);
-    for (int r = 0; r < run->ranks; r++) {
+    for (int r = 0; r < processes; r++) {
         pid[r] = fork();
         if (pid[r] == 0) {
-            run_rank(run, world, r);
+            if (run->processes)
+                run_rank(run, world, r);
+            else
+                run_threads(run, world);
             fflush(NULL);
             exit(0); /* exit, not _exit: the leak checker looks */
         }
@@ -259,7 +265,7 @@ static void run_processes(const xt_run_t *run, xt_world_t *world)
     uint64_t limit = run->limit_ms ? run->limit_ms : 100000;
     for (uint64_t start = now_ms(); left > 0; sleep_ns(1000000)) {
         bool late = now_ms() - start > limit;
-        for (int r = 0; r < run->ranks; r++) {
+        for (int r = 0; r < processes; r++) {
             int status;
             if (pid[r] > 0 && late)
                 kill(pid[r], SIGKILL);
@@ -286,7 +292,7 @@ long xt_run(const xt_run_t *run)
         return 1;
     }
     uint64_t start = now_ms();
-    if (run->processes)
+    if (run->processes || xt_memory()->apart)
         run_processes(run, world);
     else
         run_threads(run, world);
