@@ -84,7 +84,8 @@ static epx_status_t proxy_init(epx__channels_t *self, uint32_t index, epx__net_a
                                 .nic = self->config.nic,
                                 .peers_max = self->ranks,
                                 .puts_max = PUTS_MAX,
-                                .notices_max = proxy->lane_count * self->window * 2};
+                                .notices_max = proxy->lane_count * self->window * 2,
+                                .lost_ms = self->config.timeout_ms};
     EPX__TRY(epx__net_open(self->config.net, &config, &proxy->net));
     EPX__TRY(proxy->net->ops->address(proxy->net, address));
     for (uint32_t m = 0; m < count; m++)

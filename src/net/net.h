@@ -27,6 +27,7 @@ typedef struct epx__net_config {
     uint32_t peers_max;
     uint32_t puts_max;    /* puts of this endpoint under way at once */
     uint32_t notices_max; /* notices on their way to this endpoint at once */
+    uint64_t lost_ms;     /* a peer that takes nothing for that long, with nothing under way to it, is lost; 0: 30000 */
 } epx__net_config_t;
 
 /* Where an endpoint is. Plain bytes: it travels. */

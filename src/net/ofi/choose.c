@@ -1,0 +1,85 @@
+/*
+ * Which provider, and why, in words.
+ *
+ * The rule: "ofi" is tcp;ofi_rxm, which is there wherever libfabric is and needs no hardware; "ofi:PROVIDER" is that
+ * one and nothing else. Bare names of providers that have no RDM endpoint of their own get the layer that gives them
+ * one: tcp and verbs become tcp;ofi_rxm and verbs;ofi_rxm. What we need of it: RDM endpoints, RMA writes with
+ * completion data of at least 4 bytes at the target. Order is not asked for.
+ */
+#include "net/ofi/ofi.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    const char *asked, *provider, *run;
+} known[] = {
+    {"tcp", "tcp;ofi_rxm", "run by our tests"},
+    {"tcp;ofi_rxm", "tcp;ofi_rxm", "run by our tests"},
+    {"shm", "shm", "run by our tests"},
+    {"verbs", "verbs;ofi_rxm", "run by our tests on software RoCE only"},
+    {"verbs;ofi_rxm", "verbs;ofi_rxm", "run by our tests on software RoCE only"},
+};
+
+static void hints_fill(struct fi_info *hints, const char *provider, const epx__net_config_t *config)
+{
+    hints->caps = FI_RMA | FI_WRITE | FI_REMOTE_WRITE | FI_MSG;
+    hints->mode = FI_CONTEXT | FI_CONTEXT2;
+    hints->ep_attr->type = FI_EP_RDM;
+    hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_ENDPOINT;
+    hints->domain_attr->threading = FI_THREAD_DOMAIN;
+    hints->domain_attr->data_progress = FI_PROGRESS_MANUAL;
+    hints->domain_attr->resource_mgmt = FI_RM_ENABLED;
+    hints->domain_attr->cq_data_size = 4;
+    hints->domain_attr->av_type = FI_AV_TABLE;
+    hints->fabric_attr->prov_name = strdup(provider); /* fi_freeinfo frees both */
+    if (config->nic)
+        hints->domain_attr->name = strdup(config->nic);
+}
+
+static epx_status_t nothing_found(const char *provider, const epx__net_config_t *config, long e)
+{
+    return epx__ofi_host->fail(EPX_E_UNSUPPORTED,
+                               "libfabric's provider \"%s\" offers nothing here that fits%s%s%s%s: %s; `fi_info -p "
+                               "'%s'` shows what it has",
+                               provider, config->address ? " at address " : "", config->address ? config->address : "",
+                               config->nic ? " on device " : "", config->nic ? config->nic : "", fi_strerror((int)-e),
+                               provider);
+}
+
+epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config)
+{
+    const char *provider = config->argument ? config->argument : "tcp", *run = "never run by us";
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(provider, known[i].asked)) {
+            provider = known[i].provider;
+            run = known[i].run;
+            break;
+        }
+    struct fi_info *hints = fi_allocinfo();
+    if (!hints)
+        return epx__ofi_host->fail(EPX_E_NOMEM, "ofi endpoint: no memory for hints");
+    hints_fill(hints, provider, config);
+    bool by_ip = strstr(provider, "tcp") || strstr(provider, "verbs") || strstr(provider, "net") ||
+                 strstr(provider, "sockets") || strstr(provider, "udp");
+    const char *node = by_ip ? config->address : NULL;
+    long e = fi_getinfo(FI_VERSION(1, 17), node, NULL, node ? FI_SOURCE : 0, hints, &self->info);
+    fi_freeinfo(hints);
+    if (e) {
+        self->info = NULL;
+        return nothing_found(provider, config, e);
+    }
+    if (self->info->domain_attr->cq_data_size < 4)
+        return epx__ofi_host->fail(EPX_E_UNSUPPORTED, "provider %s carries %zu bytes of completion data; 4 are needed",
+                                   provider, self->info->domain_attr->cq_data_size);
+    size_t most = self->info->ep_attr->max_msg_size;
+    self->net.put_bytes_max = most > SIZE_MAX / 2 ? SIZE_MAX / 2 : most;
+    self->net.device_memory = false;
+    self->cq_most = strstr(provider, "verbs") ? 8192 : 65536;
+    snprintf(self->why, sizeof self->why,
+             "%s on %s (%s; %s), libfabric %u.%u, GPU memory staged: this build asks for none",
+             self->info->fabric_attr->prov_name, self->info->domain_attr->name,
+             config->argument ? "asked for" : "the default: always there", run, FI_MAJOR(fi_version()),
+             FI_MINOR(fi_version()));
+    return EPX_OK;
+}
