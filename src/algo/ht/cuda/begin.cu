@@ -430,7 +430,8 @@ extern "C" int epx__ht_launch_layout(const ht_layout_t *p, void *stream)
     if (p->tokens == 0)
         return 0;
     uint32_t blocks = (p->tokens + 255) / 256;
-    ht_layout_kernel < <<blocks<64 ? blocks : 64, 256, 0, (cudaStream_t)stream>>>(*p);
+    blocks = blocks > 64 ? 64 : blocks;
+    ht_layout_kernel<<<blocks, 256, 0, (cudaStream_t)stream>>>(*p);
     return (int)cudaGetLastError();
 }
 
