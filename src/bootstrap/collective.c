@@ -14,6 +14,11 @@ static const char *kind_name(uint32_t kind)
     return kind == EPX__KIND_BARRIER ? "barrier" : "all-gather";
 }
 
+static const char *kind_with_article(uint32_t kind)
+{
+    return kind == EPX__KIND_BARRIER ? "a barrier" : "an all-gather";
+}
+
 /* ---- rank 0's half ------------------------------------------------------------------------------ */
 
 static void hand_out(epx__bootstrap_t *b, uint32_t rank, epx__message_t *message)
@@ -67,15 +72,29 @@ static uint32_t who_gave_up(const epx__bootstrap_t *b, uint64_t sequence)
     return rank;
 }
 
+/* "rank 0 has given up ...": with the names of those for whom it had waited, as far as they are still not here. */
+static void gave_up_words(const epx__bootstrap_t *b, uint32_t rank, char *words, size_t room)
+{
+    uint8_t present[EPX__RANKS_MAX / 8];
+    char missing[200];
+    int used = snprintf(words, room, "rank %u has given up on this operation", rank);
+    if (!b->parts[rank])
+        return; /* it never was in it */
+    epx__collective_present(b, b->parts[rank]->frame.sequence, present);
+    epx__wire_missing(present, sizeof(present), (uint32_t)b->ranks, missing, sizeof(missing));
+    if (missing[0])
+        snprintf(words + used, room - (size_t)used, "; missing was rank %s", missing);
+}
+
 void epx__collective_part(epx__bootstrap_t *b, uint32_t rank, epx__message_t *part)
 {
-    char words[160];
+    char words[300];
     uint64_t sequence = part->frame.sequence;
+    gave_up_words(b, rank, words, sizeof(words));
     drop_part(b, rank);
     b->parts[rank] = part;
     if (b->reached[rank] < sequence)
         b->reached[rank] = sequence;
-    snprintf(words, sizeof(words), "rank %u has given up on this operation and is in a later one", rank);
     abort_below(b, sequence, EPX_E_TIMEOUT, words);
     uint32_t gone = who_gave_up(b, sequence);
     if (gone < (uint32_t)b->ranks) {
@@ -102,8 +121,8 @@ static const char *disagreement(const epx__bootstrap_t *b, char *words, size_t r
         const epx__frame_t *other = &b->parts[rank]->frame;
         if (other->tag == first->tag && other->total == first->total && other->bytes == first->bytes)
             continue;
-        snprintf(words, room, "the ranks disagree: rank 0 is in a %s of %llu bytes, rank %d in a %s of %llu bytes",
-                 kind_name(first->tag), (unsigned long long)first->total, rank, kind_name(other->tag),
+        snprintf(words, room, "the ranks disagree: rank 0 is in %s of %llu bytes, rank %d in %s of %llu bytes",
+                 kind_with_article(first->tag), (unsigned long long)first->total, rank, kind_with_article(other->tag),
                  (unsigned long long)other->total);
         return words;
     }
@@ -138,6 +157,20 @@ static void complete(epx__bootstrap_t *b)
     epx__message_release(result);
 }
 
+/* A rank whose part is missing and will not come, first of all one that died; ranks when none. */
+static int who_is_gone(const epx__bootstrap_t *b)
+{
+    int left = b->ranks;
+    for (int rank = 0; rank < b->ranks; rank++) {
+        if (b->parts[rank] || b->state[rank] == EPX__RANK_HERE)
+            continue;
+        if (b->state[rank] == EPX__RANK_DEAD)
+            return rank;
+        left = left < b->ranks ? left : rank;
+    }
+    return left;
+}
+
 void epx__collective_look(epx__bootstrap_t *b)
 {
     char words[160];
@@ -146,11 +179,10 @@ void epx__collective_look(epx__bootstrap_t *b)
         parts += b->parts[rank] != NULL;
         missing += b->parts[rank] == NULL;
     }
-    for (int rank = 0; rank < b->ranks && parts; rank++) {
-        if (b->parts[rank] || b->state[rank] == EPX__RANK_HERE)
-            continue;
-        snprintf(words, sizeof(words), "rank %d %s", rank,
-                 b->state[rank] == EPX__RANK_LEFT ? "has left the group"
+    int gone = parts ? who_is_gone(b) : b->ranks;
+    if (gone < b->ranks) {
+        snprintf(words, sizeof(words), "rank %d %s", gone,
+                 b->state[gone] == EPX__RANK_LEFT ? "has left the group"
                                                   : "is gone (its connection ended without a goodbye)");
         abort_below(b, UINT64_MAX, EPX_E_PEER, words);
         return;
@@ -232,6 +264,17 @@ static void ask_who_is_missing(epx__bootstrap_t *b, uint64_t sequence)
     epx__message_release(query);
 }
 
+/* Rank 0 is here, so that a collective can get an outcome. When it is not, a rank that died is the better reason:
+ * rank 0 may have left because of it. */
+static epx_status_t root_here(epx__bootstrap_t *b, const char *what)
+{
+    bool here = b->failed == EPX_OK && b->state[0] == EPX__RANK_HERE && (b->rank == 0 || b->link[0].socket.open);
+    for (int rank = 0; rank < b->ranks && !here && b->failed == EPX_OK; rank++)
+        if (b->state[rank] == EPX__RANK_DEAD)
+            return epx__bootstrap_reachable(b, rank, what);
+    return here ? EPX_OK : epx__bootstrap_reachable(b, 0, what);
+}
+
 /* Wait for b->outcome. */
 static epx_status_t await_outcome(epx__bootstrap_t *b, const char *what, uint64_t deadline_ns, uint64_t timeout_ms)
 {
@@ -239,7 +282,7 @@ static epx_status_t await_outcome(epx__bootstrap_t *b, const char *what, uint64_
     uint64_t query_ns = deadline_ns - before;
     bool asked = b->rank == 0;
     while (!b->outcome) {
-        EPX__TRY(epx__bootstrap_reachable(b, 0, what));
+        EPX__TRY(root_here(b, what));
         if (epx__bootstrap_wait(b, asked ? deadline_ns : query_ns))
             continue;
         if (asked)
@@ -261,7 +304,7 @@ static epx_status_t chunk(epx__bootstrap_t *b, epx__frame_t *frame, const uint8_
                           uint64_t deadline_ns, uint64_t timeout_ms)
 {
     const char *what = kind_name(frame->tag);
-    EPX__TRY(epx__bootstrap_reachable(b, 0, what));
+    EPX__TRY(root_here(b, what));
     epx__message_t *part = epx__message_create(frame, mine);
     if (!part) {
         give_up(b, frame->sequence, EPX_E_NOMEM);

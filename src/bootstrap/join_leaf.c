@@ -113,7 +113,8 @@ static epx_status_t late(const leaf_t *leaf)
                          timeout_ms, leaf->where, leaf->trouble);
     epx__wire_missing(leaf->present, sizeof(leaf->present), leaf->join->hello.ranks, missing, sizeof(missing));
     return epx__fail(EPX_E_TIMEOUT, "rendezvous at %s: missing after %llu ms: rank %s (of %u ranks)", leaf->where,
-                     timeout_ms, missing[0] ? missing : "none (the last came too late)", leaf->join->hello.ranks);
+                     timeout_ms, missing[0] ? missing : "unknown: all came, but not all stayed",
+                     leaf->join->hello.ranks);
 }
 
 epx_status_t epx__join_leaf(const epx__join_t *join, epx__socket_t *connected)

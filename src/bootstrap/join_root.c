@@ -37,6 +37,8 @@ typedef struct root {
     struct pollfd *polls; /* listener, pending, then links */
     pending_t pending[PENDING_MAX];
     uint8_t told[EPX__RANKS_MAX / 8]; /* who has heard the verdict */
+    uint8_t came[EPX__RANKS_MAX / 8]; /* who has ever said a good hello: one whose own deadline is a little earlier
+                                       * hangs up before ours, and is not the one that was missing */
     bool news;                        /* somebody came or went since those who wait were told */
     uint64_t news_ns;
     epx_status_t verdict;
@@ -68,9 +70,9 @@ static void present(const root_t *root, uint8_t bits[EPX__RANKS_MAX / 8])
             bits[rank / 8] |= (uint8_t)(1u << (rank % 8));
 }
 
-static void mark_told(root_t *root, uint32_t rank)
+static void mark(uint8_t bits[EPX__RANKS_MAX / 8], uint32_t rank)
 {
-    root->told[rank / 8] |= (uint8_t)(1u << (rank % 8));
+    bits[rank / 8] |= (uint8_t)(1u << (rank % 8));
 }
 
 /* The end for all: tell those who are here. The first verdict stands. */
@@ -84,7 +86,7 @@ static void decide(root_t *root, epx_status_t verdict, const char *words)
         if (!root->b->link[rank].socket.open)
             continue;
         refuse(&root->b->link[rank].socket, verdict, words);
-        mark_told(root, rank);
+        mark(root->told, rank);
     }
     root->joined = 0;
 }
@@ -124,7 +126,8 @@ static bool send_present(const root_t *root, const epx__socket_t *socket)
     uint8_t bytes[EPX__FRAME_BYTES + EPX__RANKS_MAX / 8];
     epx__frame_t frame = {.type = EPX__FRAME_WAITING, .bytes = (root->ranks + 7) / 8};
     epx__frame_encode(&frame, bytes);
-    present(root, bytes + EPX__FRAME_BYTES);
+    memcpy(bytes + EPX__FRAME_BYTES, root->came, frame.bytes);
+    bytes[EPX__FRAME_BYTES] |= 1; /* this is rank 0 */
     return epx__socket_send_now(socket, bytes, EPX__FRAME_BYTES + frame.bytes);
 }
 
@@ -168,11 +171,12 @@ static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hel
     if (root->verdict != EPX_OK) {
         refuse(&pending->socket, root->verdict, root->words);
         if (known)
-            mark_told(root, hello->rank);
+            mark(root->told, hello->rank);
         return;
     }
     epx__socket_move(&link->socket, &pending->socket);
     root->joined++;
+    mark(root->came, hello->rank);
     root->news = true;
     if (!send_present(root, &link->socket))
         lose(root, hello->rank);
@@ -304,15 +308,21 @@ static bool all_told(const root_t *root)
 
 static void decide_timeout(root_t *root)
 {
-    uint8_t bits[EPX__RANKS_MAX / 8];
+    uint8_t here[EPX__RANKS_MAX / 8];
     char missing[400], words[EPX__WORDS_MAX], strangers[80] = "";
-    present(root, bits);
-    epx__wire_missing(bits, sizeof(bits), root->ranks, missing, sizeof(missing));
+    const char *how = "";
+    root->came[0] |= 1;
+    epx__wire_missing(root->came, sizeof(root->came), root->ranks, missing, sizeof(missing));
+    if (!missing[0]) {
+        present(root, here);
+        epx__wire_missing(here, sizeof(here), root->ranks, missing, sizeof(missing));
+        how = ", which came and went again";
+    }
     if (root->strangers)
         snprintf(strangers, sizeof(strangers), "; %u connections without a good hello were turned away",
                  root->strangers);
-    snprintf(words, sizeof(words), "rendezvous: missing after %llu ms: rank %s (of %u ranks)%s",
-             (unsigned long long)root->join->timeout_ms, missing, root->ranks, strangers);
+    snprintf(words, sizeof(words), "rendezvous: missing after %llu ms: rank %s (of %u ranks)%s%s",
+             (unsigned long long)root->join->timeout_ms, missing, root->ranks, how, strangers);
     decide(root, EPX_E_TIMEOUT, words);
 }
 
