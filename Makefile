@@ -10,7 +10,7 @@ FORMATTED := $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 	includes install clean
 
 all: setup
-	@said=$$(cmake --preset release 2>&1) || { echo "$$said"; exit 1; }; echo "$$said" | grep EPX_WITH || true
+	@said=$$(cmake --preset release 2>&1) || { echo "$$said"; exit 1; }; echo "$$said" | grep '^-- EPX_' || true
 	cmake --build --preset release -j $(JOBS)
 
 setup:
@@ -26,22 +26,23 @@ demo: all
 		echo build/bin/epx demo --domains 2; build/bin/epx demo --domains 2; fi
 
 test: setup-test all
-	ctest --preset release
+	ctest --preset release $(CTEST_FLAGS)
 
 # What a sanitizer build runs: all but what measures, or says nothing new there.
 SANITIZED := -LE 'gpu|model|headers|includes|install|mutation|rxe|python'
 asan: setup
-	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan $(SANITIZED)
+	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan $(SANITIZED) $(CTEST_FLAGS)
 
 # TSan sees ranks that are threads of one process.
 tsan: setup
-	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan $(SANITIZED)
+	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan $(SANITIZED) $(CTEST_FLAGS)
 
 dev: setup
 	cmake --preset dev && cmake --build --preset dev -j $(JOBS)
 
 mutations: setup
-	cmake --preset mutations && cmake --build --preset mutations -j $(JOBS) && ctest --test-dir build-mutations -L mutation --output-on-failure
+	cmake --preset mutations && cmake --build --preset mutations -j $(JOBS) && \
+		ctest --test-dir build-mutations -L mutation --output-on-failure $(CTEST_FLAGS)
 
 models: setup-test all
 	ctest --preset release -L model
