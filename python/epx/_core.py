@@ -12,6 +12,7 @@ At interpreter exit everything is destroyed, so that peers hear a clean leave.
 import atexit
 import ctypes
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -41,6 +42,7 @@ class Core:
         self.leases = 0  # alive; changed with the lock held
         self.closing = False
         _cores.add(self)
+        _arm_exit()
 
     # -- calls --
 
@@ -232,6 +234,21 @@ def make_core(rank=0, ranks=0, allgather=None, unique_id=None, group_options=Non
         lib.epx_group_destroy(group)
         raise
     return Core(group.value, buffer.value, info)
+
+
+_armed = None  # the process whose exit is taken care of
+
+
+def _arm_exit():
+    """Run _at_exit when this process ends. A child of multiprocessing runs no atexit functions, but its own."""
+    global _armed
+    if _armed == os.getpid():
+        return
+    _armed = os.getpid()
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and processes.parent_process() is not None:
+        from multiprocessing import util
+        util.Finalize(None, _at_exit, exitpriority=0)
 
 
 @atexit.register

@@ -7,6 +7,7 @@ the routing, so that autograd, which saves the tensor, keeps the routing alive.
 import ctypes
 import itertools
 import weakref
+from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _handle_at(tensor):
 
 @torch.library.custom_op("epx::dispatch", mutates_args=())
 def _dispatch(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, buffer: int, num_experts: int, alignment: int,
-              worst: int) -> "tuple[Tensor, Tensor, Tensor, Tensor, Tensor]":
+              worst: int) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     owner = _buffer_at(buffer)
     experts = torch.empty(num_experts, dtype=torch.int32, device=x.device)  # only its length is looked at
     recv_x, recv_idx, recv_weights, counts, handle, _ = owner.dispatch(
@@ -97,7 +98,7 @@ def _(x, handle, like, buffer):
 
 
 @torch.library.custom_op("epx::combine_weights", mutates_args=())
-def _combine_weights(x: Tensor, weights: Tensor, handle: Tensor, like: Tensor, buffer: int) -> "tuple[Tensor, Tensor]":
+def _combine_weights(x: Tensor, weights: Tensor, handle: Tensor, like: Tensor, buffer: int) -> Tuple[Tensor, Tensor]:
     out, out_weights, _ = _buffer_at(buffer).combine(x, _handle_at(handle), topk_weights=weights)
     return out, out_weights
 

@@ -38,7 +38,7 @@ def in_calls(group, device):
     refused("7 experts", buffer.get_dispatch_layout, ids, 7) if group.size() == 2 else None
     refused("experts", buffer.get_dispatch_layout, ids, 64)
     # dispatch: rows
-    refused("x: list", dispatch, [1])
+    refused("x: int", dispatch, 1)
     refused("x: shape (5,)", dispatch, x[:, 0])
     refused("x: a row of 3 elements has 6 bytes", dispatch, x[:, :3])
     refused("x: strides", dispatch, torch.ones((H, T), dtype=torch.bfloat16, device=device).t())
