@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 static const epx__plugin_host_t host = {
     .abi = EPX__PLUGIN_ABI,
@@ -22,21 +23,28 @@ static struct {
     char why[EPX__DETAIL_BYTES];
 } found;
 
-static void *open_beside(char *path, size_t room)
+/* A file that is there but cannot be opened ends the search: its words are the ones to hear. */
+static void *open_somewhere(char *words, size_t room)
 {
     static const char *const places[] = {EPX__CUDA_PLUGIN_FILE, "../lib/" EPX__CUDA_PLUGIN_FILE};
     Dl_info self;
-    if (!dladdr((const void *)&host, &self) || !self.dli_fname)
-        return NULL;
-    const char *slash = strrchr(self.dli_fname, '/');
-    int folder = slash ? (int)(slash - self.dli_fname) + 1 : 0;
-    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
-        int bytes = snprintf(path, room, "%s%.*s%s", folder ? "" : "./", folder, self.dli_fname, places[i]);
-        void *object = bytes > 0 && (size_t)bytes < room ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
-        if (object)
-            return object;
+    const char *file = dladdr((const void *)&host, &self) && self.dli_fname ? self.dli_fname : "";
+    const char *slash = strrchr(file, '/');
+    int folder = slash ? (int)(slash - file) + 1 : 0;
+    void *object = NULL;
+    bool there = false;
+    for (size_t i = 0; i < sizeof places / sizeof *places && folder && !there; i++) {
+        char path[1024];
+        int bytes = snprintf(path, sizeof path, "%.*s%s", folder, file, places[i]);
+        there = bytes > 0 && (size_t)bytes < sizeof path && access(path, F_OK) == 0;
+        if (there)
+            object = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     }
-    return NULL;
+    if (!there)
+        object = dlopen(EPX__CUDA_PLUGIN_FILE, RTLD_NOW | RTLD_LOCAL);
+    const char *error = object ? NULL : dlerror();
+    snprintf(words, room, "%s", error ? error : "no reason given");
+    return object;
 }
 
 static bool same_build(const epx__plugin_t *plugin)
@@ -48,17 +56,13 @@ static bool same_build(const epx__plugin_t *plugin)
 
 static epx_status_t open_plugin(const epx__plugin_t **plugin)
 {
-    char path[1024];
-    void *object = open_beside(path, sizeof path);
+    char words[512];
+    void *object = open_somewhere(words, sizeof words);
     if (!object)
-        object = dlopen(EPX__CUDA_PLUGIN_FILE, RTLD_NOW | RTLD_LOCAL);
-    if (!object) {
-        const char *words = dlerror();
         return epx__fail(EPX_E_UNSUPPORTED,
-                         "the CUDA plug-in cannot be opened (%.500s); build with the CUDA toolkit (EPX_WITH_CUDA=ON) "
-                         "and keep it beside libepx.so",
-                         words ? words : "no reason given");
-    }
+                         "the CUDA plug-in cannot be opened (%s); build with the CUDA toolkit (EPX_WITH_CUDA=ON) and "
+                         "keep it beside libepx.so",
+                         words);
     void *symbol = dlsym(object, EPX__CUDA_PLUGIN_SYMBOL);
     epx__plugin_fn entry;
     memcpy(&entry, &symbol, sizeof entry);

@@ -40,8 +40,11 @@ static void cpu_close(epx__device_t *device)
     epx__free(device);
 }
 
-/* Map shared at a huge page's boundary, and ask for huge pages: fewer faults and TLB misses where the kernel has them
- * for shared memory (/sys/kernel/mm/transparent_hugepage/shmem_enabled: advise); harmless elsewhere. */
+/*
+ * Map shared at a huge page's boundary, and ask for huge pages where the kernel gives them to shared memory
+ * (/sys/kernel/mm/transparent_hugepage/shmem_enabled: advise). Worth little: row copies were 2 to 4 % faster in
+ * anonymous huge pages; first touch of 512 MiB takes 131072 faults without, 0.3 s. Harmless elsewhere.
+ */
 static void *map_shared(int fd, size_t bytes)
 {
     size_t room = bytes + HUGE_PAGE;
