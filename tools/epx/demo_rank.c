@@ -330,6 +330,7 @@ static int run_layer(self_t *self)
 {
     epx_received_t received;
     STEP(DEMO_GATE, "embedding and gate", self->tokens, gate(self));
+    rank_stage(self->rank, "a first exchange", 0);
     if (warm_up(self))
         return 1;
     STEP(DEMO_DISPATCH, "dispatch", 0, dispatch(self, &received));

@@ -243,6 +243,24 @@ static void wait_for_all(run_t *run)
     progress_end(&progress);
 }
 
+/* Ranks that complain of the same thing share a line. */
+static void print_words(const run_t *run, int index)
+{
+    const ranks_slot_t *slot = run->shared->slot;
+    int same = 0;
+    for (int i = 0; i < run->config->ranks; i++) {
+        if (slot[i].failed != 1 || strcmp(slot[i].words, slot[index].words) != 0)
+            continue;
+        if (i < index)
+            return;
+        same++;
+    }
+    fprintf(stderr, "epx %s: rank %d", run->config->command, index);
+    if (same > 1)
+        fprintf(stderr, " (and %d more)", same - 1);
+    fprintf(stderr, ": %s\n", slot[index].words);
+}
+
 static int report(const run_t *run)
 {
     int bad = 0, own = 0;
@@ -250,7 +268,7 @@ static int report(const run_t *run)
         bad += run->shared->slot[i].failed != 0;
         own += run->shared->slot[i].failed == 1;
         if (run->shared->slot[i].failed == 1)
-            fprintf(stderr, "epx %s: rank %d: %s\n", run->config->command, i, run->shared->slot[i].words);
+            print_words(run, i);
     }
     if (bad > own)
         fprintf(stderr, "epx %s: %d more of the %d ranks stopped because of that\n", run->config->command, bad - own,
