@@ -18,6 +18,9 @@ static epx_status_t fill_defaults(epx_buffer_config_t *c, const epx_group_t *gro
         EPX__TRY(epx__env_u64(EPX__ENV_RESERVE_BYTES, 0, UINT64_MAX / 4, 0, &reserve));
     if (!c->sms)
         EPX__TRY(epx__env_u64(EPX__ENV_SMS, 1, 1024, 0, &sms));
+    if (lease > SIZE_MAX / 4 || reserve > SIZE_MAX / 4)
+        return epx__fail(EPX_E_INVALID, "lease_bytes %llu or reserve_bytes %llu is more than any machine has",
+                         (unsigned long long)lease, (unsigned long long)reserve);
     c->lease_bytes = (lease + EPX__PAGE - 1) / EPX__PAGE * EPX__PAGE;
     c->reserve_bytes = (reserve + EPX__PAGE - 1) / EPX__PAGE * EPX__PAGE;
     c->sms = c->sms ? c->sms : (int)sms;
