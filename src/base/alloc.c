@@ -27,9 +27,9 @@ int epx__alloc_fault(void)
 
 void *epx__calloc(size_t count, size_t size)
 {
-    if (epx__alloc_fault())
+    if (epx__alloc_fault() || (size && count > SIZE_MAX / size))
         return NULL;
-    /* Never a zero-byte request: NULL means failure only. calloc itself checks count * size. */
+    /* Never a zero-byte request: NULL means failure only. */
     void *memory = count && size ? calloc(count, size) : calloc(1, 1);
     if (memory)
         __atomic_add_fetch(&live, 1, __ATOMIC_RELAXED);
