@@ -143,10 +143,10 @@ typedef struct epx_group_info {
     int domain_index;         /* this rank's place in its domain */
     const int32_t *domain_of; /* [ranks]; valid while the group lives */
     epx_backend_t backend;
-    int device;   /* ordinal from 0; -1 with the CPU backend */
-    int threads;  /* CPU threads that copy for this rank */
+    int device;                                                   /* ordinal from 0; -1 with the CPU backend */
+    int threads;                                                  /* CPU threads that copy for this rank */
     const char *backend_why, *domain_why, *threads_why, *net_why; /* one line each: why this choice */
-    const char *net; /* "none" with one domain */
+    const char *net;                                              /* "none" with one domain */
 } epx_group_info_t;
 
 /* Fill `info` (set info->size first). */
@@ -170,11 +170,11 @@ typedef struct epx_buffer_config {
     int sms;          /* CUDA: SMs per call; default by docs/PERFORMANCE.md's formula */
     uint64_t timeout_ms;
     /* Low latency (ll.h); all 0: the buffer has none. */
-    uint32_t ll_tokens_max;  /* M: tokens of one call on one rank */
-    uint32_t ll_hidden_max;  /* largest hidden of its rows */
-    uint32_t ll_slots;       /* calls in flight; default 2 */
-    int ll_zero_copy;        /* make the combine buffers */
-    int ll_mask_on_timeout;  /* a rank that misses a deadline is masked instead of being an error */
+    uint32_t ll_tokens_max; /* M: tokens of one call on one rank */
+    uint32_t ll_hidden_max; /* largest hidden of its rows */
+    uint32_t ll_slots;      /* calls in flight; default 2 */
+    int ll_zero_copy;       /* make the combine buffers */
+    int ll_mask_on_timeout; /* a rank that misses a deadline is masked instead of being an error */
 } epx_buffer_config_t;
 
 /* Make window, channels and pools. Collective; every rank passes the same configuration (timeout_ms and sms may
@@ -212,12 +212,12 @@ EPX_API epx_status_t epx_layout(epx_buffer_t *buffer, const epx_layout_t *layout
 
 /* What one token carries. Borrowed until the stream passes the call. */
 typedef struct epx_rows {
-    const void *x;          /* device, [tokens], rows 16-byte aligned */
-    size_t row_bytes;       /* a multiple of 16 */
-    size_t x_stride_bytes;  /* from row to row; default row_bytes */
-    const void *side;       /* device, side data such as scales; NULL is none */
-    size_t side_elem_bytes; /* 1, 2, 4 or 8 */
-    uint32_t side_elems;    /* per token; side_elem_bytes * side_elems is a multiple of 4 */
+    const void *x;                   /* device, [tokens], rows 16-byte aligned */
+    size_t row_bytes;                /* a multiple of 16 */
+    size_t x_stride_bytes;           /* from row to row; default row_bytes */
+    const void *side;                /* device, side data such as scales; NULL is none */
+    size_t side_elem_bytes;          /* 1, 2, 4 or 8 */
+    uint32_t side_elems;             /* per token; side_elem_bytes * side_elems is a multiple of 4 */
     int64_t side_token_stride_bytes; /* default side_elems * side_elem_bytes */
     int64_t side_elem_stride_bytes;  /* default side_elem_bytes */
 } epx_rows_t;
@@ -231,8 +231,9 @@ typedef struct epx_dispatch {
     int topk_idx_bits;    /* 64 (default) or 32 */
     uint32_t topk;
     uint32_t experts;
-    const float *topk_weights; /* device, [tokens][topk], or NULL on all ranks; with 0 tokens any other pointer will do */
-    const uint8_t *in_rank;    /* device, [tokens][ranks]; used when topk is 0 */
+    const float
+        *topk_weights;      /* device, [tokens][topk], or NULL on all ranks; with 0 tokens any other pointer will do */
+    const uint8_t *in_rank; /* device, [tokens][ranks]; used when topk is 0 */
     uint32_t expert_alignment; /* counts per expert are rounded up to it; default 1 */
     uint32_t recv_tokens_max;  /* worst-case mode: room for that many rows, no host wait; default: exact */
     int sms;
@@ -242,32 +243,32 @@ typedef struct epx_dispatch {
 /* Where received rows go: all NULL is a lease. Memory of the caller's must hold as many rows as will come
  * (recv_tokens_max in the worst-case mode). A pointer that is NULL while `x` is given: that part is dropped. */
 typedef struct epx_place {
-    void *x;            /* device, [rows][row_bytes] */
-    void *side;         /* device, [rows][side_elems] packed */
-    void *topk_idx;     /* device, [rows][topk], as wide as the ids given */
+    void *x;             /* device, [rows][row_bytes] */
+    void *side;          /* device, [rows][side_elems] packed */
+    void *topk_idx;      /* device, [rows][topk], as wide as the ids given */
     float *topk_weights; /* device, [rows][topk] */
-    int32_t *src_token; /* device, [rows] */
+    int32_t *src_token;  /* device, [rows] */
 } epx_place_t;
 
 typedef struct epx_received {
     size_t size;
-    uint32_t rows;      /* rows that came; recv_tokens_max in the worst-case mode */
-    void *x;            /* [rows][row_bytes] */
-    void *side;         /* [rows][side_elems] packed, or NULL */
-    void *topk_idx;     /* [rows][topk] local expert numbers, -1 for experts elsewhere and for tail rows; or NULL */
+    uint32_t rows;       /* rows that came; recv_tokens_max in the worst-case mode */
+    void *x;             /* [rows][row_bytes] */
+    void *side;          /* [rows][side_elems] packed, or NULL */
+    void *topk_idx;      /* [rows][topk] local expert numbers, -1 for experts elsewhere and for tail rows; or NULL */
     float *topk_weights; /* [rows][topk], 0 where topk_idx is -1; or NULL */
-    int32_t *src_token; /* [rows] token index at its source; rows of one source are consecutive; tail rows -1 */
-    epx_lease_t lease;  /* release it when done; 0 with the caller's memory */
+    int32_t *src_token;  /* [rows] token index at its source; rows of one source are consecutive; tail rows -1 */
+    epx_lease_t lease;   /* release it when done; 0 with the caller's memory */
 } epx_received_t;
 
 typedef struct epx_counts {
     size_t size;
-    uint32_t rows;                  /* that this rank receives */
+    uint32_t rows; /* that this rank receives */
     uint32_t local_experts;
     const int32_t *rows_per_expert; /* [local_experts], (row, expert) pairs, rounded up to expert_alignment */
     const int32_t *rows_matrix;     /* [ranks][ranks]: [i][j] rows from i to j */
     const int32_t *tokens;          /* [ranks]: tokens each rank dispatched */
-} epx_counts_t; /* host memory of the handle; valid until it is released */
+} epx_counts_t;                     /* host memory of the handle; valid until it is released */
 
 /*
  * First half: exchange the counts. Collective.
@@ -309,9 +310,9 @@ EPX_API void epx_handle_release(epx_handle_t *handle, epx_stream_t stream);
 typedef struct epx_handle_tables {
     size_t size;
     uint32_t tokens, rows, slots;
-    const int32_t *dst_rank; /* [tokens][slots] ranks ascending, -1 padded */
-    const int32_t *dst_row;  /* [tokens][slots] row at that rank */
-    const int32_t *src_token; /* [rows] token index at its source (complete after dispatch_end) */
+    const int32_t *dst_rank;    /* [tokens][slots] ranks ascending, -1 padded */
+    const int32_t *dst_row;     /* [tokens][slots] row at that rank */
+    const int32_t *src_token;   /* [rows] token index at its source (complete after dispatch_end) */
     const int32_t *rows_matrix; /* host, [ranks][ranks] */
     const int32_t *tokens_of;   /* host, [ranks] */
 } epx_handle_tables_t;
@@ -322,10 +323,10 @@ EPX_API epx_status_t epx_handle_get_tables(epx_handle_t *handle, epx_handle_tabl
 
 typedef struct epx_combine {
     size_t size;
-    const void *x;         /* device, [rows][hidden], as received; in a lease it is read in place by its owners */
-    size_t x_stride_bytes; /* default hidden * element size */
-    epx_dtype_t dtype;     /* default EPX_BF16 */
-    uint32_t hidden;       /* hidden * element size is a multiple of 16 */
+    const void *x;             /* device, [rows][hidden], as received; in a lease it is read in place by its owners */
+    size_t x_stride_bytes;     /* default hidden * element size */
+    epx_dtype_t dtype;         /* default EPX_BF16 */
+    uint32_t hidden;           /* hidden * element size is a multiple of 16 */
     const float *topk_weights; /* device, [rows][topk], or NULL on all ranks; with 0 rows any other pointer will do */
     const void *bias[2];       /* device, [tokens][hidden] each, or NULL */
     void *out;                 /* device, [tokens][hidden] */
@@ -355,7 +356,8 @@ EPX_API epx_status_t epx_lease_release(epx_buffer_t *buffer, epx_lease_t lease, 
 /* EPX_OK if the backend can be used here; `why` gets one line either way (static memory). */
 EPX_API epx_status_t epx_backend_usable(epx_backend_t backend, const char **why);
 
-/* The environment variables, one by one: EPX_E_INVALID past the last. Strings are static; `value` is NULL when unset. */
+/* The environment variables, one by one: EPX_E_INVALID past the last. Strings are static; `value` is NULL when unset.
+ */
 typedef struct epx_env_entry {
     size_t size;
     const char *name, *value, *default_text, *meaning;

@@ -9,24 +9,24 @@
 #include <epx/status.h>
 
 /* X(NAME, default as text ("" is none), meaning) -- the variable is EPX_NAME */
-#define EPX__ENV_MAP(X)                                                                                              \
-    X(LOG, "1", "log level on stderr: 0 nothing, 1 warnings, 2 info, 3 debug")                                       \
-    X(ROOT, "", "rendezvous as IP:port, where rank 0 listens, when no unique id is given")                           \
-    X(ROOT_TOKEN, "", "secret that every rank of the job shares, for a rendezvous without a unique id")              \
-    X(ADDRESS, "", "IP that this rank's rendezvous and network listen on; default: 127.0.0.1 if all are on one host") \
-    X(BACKEND, "auto", "auto, cpu or cuda")                                                                          \
-    X(THREADS, "", "CPU threads that copy for one rank; default: cores / ranks on this host, at least 1")            \
-    X(RANKS_PER_DOMAIN, "", "split domains into pieces of that many ranks; default: as found")                       \
-    X(TIMEOUT_MS, "30000", "deadline of every wait, in milliseconds")                                                \
-    X(LEASE_BYTES, "536870912", "window memory for leases, in bytes")                                                \
-    X(RESERVE_BYTES, "33554432", "window memory for rounds, in bytes")                                               \
-    X(SPIN, "", "polls before a wait yields; default: 2000, or 100 when the host has fewer cores than ranks")         \
-    X(STREAMING, "auto", "streaming stores for row copies: auto, 0 or 1")                                            \
-    X(NET, "", "network between domains: ofi, ofi:PROVIDER, loop, sim[:SEED]; default: ofi")                         \
-    X(PROXIES, "", "proxy threads of a rank; default: by docs/channels.md's rule")                                   \
-    X(CHANNELS, "", "port channels to each peer; default: by docs/channels.md's rule")                               \
-    X(NIC, "", "network interface or device to use, by name; default: the nearest")                                  \
-    X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                    \
+#define EPX__ENV_MAP(X)                                                                                                \
+    X(LOG, "1", "log level on stderr: 0 nothing, 1 warnings, 2 info, 3 debug")                                         \
+    X(ROOT, "", "rendezvous as IP:port, where rank 0 listens, when no unique id is given")                             \
+    X(ROOT_TOKEN, "", "secret that every rank of the job shares, for a rendezvous without a unique id")                \
+    X(ADDRESS, "", "IP that this rank's rendezvous and network listen on; default: 127.0.0.1 if all are on one host")  \
+    X(BACKEND, "auto", "auto, cpu or cuda")                                                                            \
+    X(THREADS, "", "CPU threads that copy for one rank; default: cores / ranks on this host, at least 1")              \
+    X(RANKS_PER_DOMAIN, "", "split domains into pieces of that many ranks; default: as found")                         \
+    X(TIMEOUT_MS, "30000", "deadline of every wait, in milliseconds")                                                  \
+    X(LEASE_BYTES, "536870912", "window memory for leases, in bytes")                                                  \
+    X(RESERVE_BYTES, "33554432", "window memory for rounds, in bytes")                                                 \
+    X(SPIN, "", "polls before a wait yields; default: 2000, or 100 when the host has fewer cores than ranks")          \
+    X(STREAMING, "auto", "streaming stores for row copies: auto, 0 or 1")                                              \
+    X(NET, "", "network between domains: ofi, ofi:PROVIDER, loop, sim[:SEED]; default: ofi")                           \
+    X(PROXIES, "", "proxy threads of a rank; default: by docs/channels.md's rule")                                     \
+    X(CHANNELS, "", "port channels to each peer; default: by docs/channels.md's rule")                                 \
+    X(NIC, "", "network interface or device to use, by name; default: the nearest")                                    \
+    X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                      \
     X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")
 
 typedef enum epx__env {

@@ -23,11 +23,11 @@ const char *epx__status_name(epx_status_t code);
 const char *epx__status_text(epx_status_t code);
 
 /* Pass a failure on. */
-#define EPX__TRY(call)                          \
-    do {                                        \
-        epx_status_t epx__try_status = (call);  \
-        if (epx__try_status != EPX_OK)          \
-            return epx__try_status;             \
+#define EPX__TRY(call)                                                                                                 \
+    do {                                                                                                               \
+        epx_status_t epx__try_status = (call);                                                                         \
+        if (epx__try_status != EPX_OK)                                                                                 \
+            return epx__try_status;                                                                                    \
     } while (0)
 
 #endif

@@ -17,8 +17,8 @@
 typedef struct epx__bootstrap epx__bootstrap_t;
 
 typedef struct epx__bootstrap_config {
-    int rank, ranks;           /* -1, 0: from the environment */
-    const epx_unique_id_t *id; /* or NULL */
+    int rank, ranks;            /* -1, 0: from the environment */
+    const epx_unique_id_t *id;  /* or NULL */
     epx_allgather_fn allgather; /* or NULL: carries rank 0's unique id, then TCP as always */
     void *allgather_context;
     uint64_t config_hash; /* must be equal on all ranks; `config_words` says what it covers */
@@ -29,7 +29,8 @@ typedef struct epx__bootstrap_config {
 /* Join. Exchanges version, struct sizes (hash of sizeof of the wire and public structs) and config_hash first. */
 epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__bootstrap_t **bootstrap);
 
-/* Say bye and leave; bounded; NULL is fine. */
+/* Say bye and leave; at most about a second; NULL is fine. When rank 0 leaves, what was under way between others still
+ * arrives; after that nothing passes between them, and deaths among them go unnoticed here. */
 void epx__bootstrap_close(epx__bootstrap_t *bootstrap);
 
 int epx__bootstrap_rank(const epx__bootstrap_t *bootstrap);
@@ -48,13 +49,13 @@ epx_status_t epx__bootstrap_recv(epx__bootstrap_t *bootstrap, int from, uint32_t
 /* Called by the watcher thread, once per lost rank (also for ranks lost before the call), until closed or replaced by
  * NULL. Must not block, nor call the bootstrap. Several listeners: `slot` in [0, 63], one each. */
 typedef void (*epx__bootstrap_death_fn)(void *context, int rank);
-epx_status_t epx__bootstrap_on_death(epx__bootstrap_t *bootstrap, epx__bootstrap_death_fn fn, void *context,
-                                     int *slot);
+epx_status_t epx__bootstrap_on_death(epx__bootstrap_t *bootstrap, epx__bootstrap_death_fn fn, void *context, int *slot);
 void epx__bootstrap_off_death(epx__bootstrap_t *bootstrap, int slot);
 bool epx__bootstrap_dead(const epx__bootstrap_t *bootstrap, int rank);
 
-/* A short notice to every rank at once, outside all order ("rank 3 failed in operation 17: ..."): each rank's watcher
- * hands it to its notice listeners. Errors of one rank reach ranks of other domains this way. Never blocks long. */
+/* A short notice to every other rank at once, outside all order ("rank 3 failed in operation 17: ..."): each rank's
+ * watcher hands it to its notice listeners (the last 32 that nobody listens for yet are kept for who comes later).
+ * Errors of one rank reach ranks of other domains this way. Never blocks long. */
 typedef void (*epx__bootstrap_notice_fn)(void *context, int from, const void *data, size_t bytes);
 epx_status_t epx__bootstrap_on_notice(epx__bootstrap_t *bootstrap, uint32_t tag, epx__bootstrap_notice_fn fn,
                                       void *context, int *slot);

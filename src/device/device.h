@@ -13,20 +13,20 @@
 
 /* What a peer needs to map a window, with a file descriptor where there is one. Plain bytes: it travels. */
 typedef struct epx__export {
-    uint64_t host;        /* hash of the boot id: equal on one kernel */
-    uint64_t process;     /* random number of the process */
-    uint64_t pointer;     /* base in the exporter's address space: a peer in the same process uses it as it is */
+    uint64_t host;    /* hash of the boot id: equal on one kernel */
+    uint64_t process; /* random number of the process */
+    uint64_t pointer; /* base in the exporter's address space: a peer in the same process uses it as it is */
     uint64_t bytes;
-    uint64_t key;         /* what to ask the exporter's fd server for; 0 when there is no descriptor */
-    char socket[64];      /* its abstract UNIX name, without the leading 0 byte */
-    uint8_t token[16];    /* without which it answers nobody */
-    uint8_t blob[64];     /* the backend's own (a fabric handle, say); blob[0] 0: none */
+    uint64_t key;      /* what to ask the exporter's fd server for; 0 when there is no descriptor */
+    char socket[64];   /* its abstract UNIX name, without the leading 0 byte */
+    uint8_t token[16]; /* without which it answers nobody */
+    uint8_t blob[64];  /* the backend's own (a fabric handle, say); blob[0] 0: none */
 } epx__export_t;
 
 typedef struct epx__window {
     void *base; /* device address, 4096-aligned, zeroed */
     size_t bytes;
-    int fd;     /* shareable descriptor, -1 when none */
+    int fd; /* shareable descriptor, -1 when none */
     void *backend;
 } epx__window_t;
 

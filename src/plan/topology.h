@@ -19,8 +19,8 @@ typedef struct epx__topology {
 } epx__topology_t;
 
 /* reach: [ranks][ranks], [i][j] 1 when i has mapped j's memory and moved a word. Reach that is not mutual and complete
- * within a set, or sets of unequal sizes, are refused in words with what to do (ranks_per_domain). `split` > 0 cuts each
- * found set into pieces of that many ranks, in rank order; it must divide them. */
+ * within a set, or sets of unequal sizes, are refused in words with what to do (ranks_per_domain). `split` > 0 cuts
+ * each found set into pieces of that many ranks, in rank order; it must divide them. */
 epx_status_t epx__topology_make(int ranks, const uint8_t *reach, int split, epx__topology_t *topology);
 void epx__topology_fini(epx__topology_t *topology);
 

@@ -17,7 +17,7 @@
 
 #define EPX__LINE 64
 #define EPX__PAGE 4096
-#define EPX__ROW_ALIGN 256 /* of every array in a lease */
+#define EPX__ROW_ALIGN 256        /* of every array in a lease */
 #define EPX__CUDA_CHUNK_WORDS 512 /* progress words a peer: 256 for rows put, 256 for rows taken (algo/ht/cuda) */
 
 /* ---- control: at the window's start ---- */

@@ -7,15 +7,15 @@
 
 static atomic_long check_passed, check_failed;
 
-#define CHECK(condition, ...)                                                                  \
-    do {                                                                                       \
-        if (condition) {                                                                       \
-            atomic_fetch_add(&check_passed, 1);                                                \
-        } else if (atomic_fetch_add(&check_failed, 1) < 20) {                                  \
-            fprintf(stderr, "%s:%d: %s:", __FILE__, __LINE__, #condition);                     \
-            fprintf(stderr, " " __VA_ARGS__);                                                  \
-            fputc('\n', stderr);                                                               \
-        }                                                                                      \
+#define CHECK(condition, ...)                                                                                          \
+    do {                                                                                                               \
+        if (condition) {                                                                                               \
+            atomic_fetch_add(&check_passed, 1);                                                                        \
+        } else if (atomic_fetch_add(&check_failed, 1) < 20) {                                                          \
+            fprintf(stderr, "%s:%d: %s:", __FILE__, __LINE__, #condition);                                             \
+            fprintf(stderr, " " __VA_ARGS__);                                                                          \
+            fputc('\n', stderr);                                                                                       \
+        }                                                                                                              \
     } while (0)
 
 static inline int check_done(void)
@@ -24,10 +24,10 @@ static inline int check_done(void)
     return atomic_load(&check_failed) != 0 || atomic_load(&check_passed) == 0;
 }
 
-#define SKIP(reason)                       \
-    do {                                   \
-        printf("skipped: %s\n", reason);   \
-        return 77;                         \
+#define SKIP(reason)                                                                                                   \
+    do {                                                                                                               \
+        printf("skipped: %s\n", reason);                                                                               \
+        return 77;                                                                                                     \
     } while (0)
 
 #endif

@@ -37,8 +37,8 @@ static epx_stream_t cpu_stream(void)
     return NULL;
 }
 
-static const xt_memory_t memory_cpu = {EPX_BACKEND_CPU, cpu_alloc, free, cpu_put, cpu_put, cpu_fill, cpu_stream,
-                                       NULL,            false};
+static const xt_memory_t memory_cpu = {EPX_BACKEND_CPU, cpu_alloc,  free, cpu_put, cpu_put,
+                                       cpu_fill,        cpu_stream, NULL, false};
 
 const xt_memory_t *xt_memory(void)
 {

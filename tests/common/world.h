@@ -34,7 +34,8 @@ typedef struct xt_memory {
     void (*fill)(void *device, int byte, size_t bytes);
     epx_stream_t (*stream)(void); /* of the calling thread */
     void (*enter)(int rank);      /* the calling thread becomes that rank (chooses its GPU); may be NULL */
-    bool apart; /* the parent must not touch the device before a fork: ranks that are threads get a process of their own */
+    bool apart; /* the parent must not touch the device before a fork: ranks that are threads get a process of their own
+                 */
 } xt_memory_t;
 
 /* From EPX_TEST_BACKEND: cpu (default), or cuda through the weak symbol xt_memory_cuda that a GPU test links. */

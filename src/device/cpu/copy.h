@@ -20,14 +20,15 @@ void epx__copy_row(void *dst, const void *src, size_t bytes, bool streaming);
 void epx__copy_fence(void);
 
 /*
- * out[i] = round(((0.0f + rows[0][i]) + rows[1][i]) + ... + bias[0][i] + bias[1][i]) over `hidden` elements: fp32 adds in
- * the order given, no fused multiply-add, one rounding to nearest even. count may be 0. Rows 16-byte aligned, all of
+ * out[i] = round(((0.0f + rows[0][i]) + rows[1][i]) + ... + bias[0][i] + bias[1][i]) over `hidden` elements: fp32 adds
+ * in the order given, no fused multiply-add, one rounding to nearest even. count may be 0. Rows 16-byte aligned, all of
  * `dtype`. out as dtype; streaming as above.
  */
 void epx__sum_rows(void *out, const void *const *rows, int count, const void *const *bias, int biases, size_t hidden,
                    epx_dtype_t dtype, bool streaming);
 
-/* The same into fp32 partial sums: acc[i] = (first ? 0.0f : acc[i]) + rows..., no rounding; and its end: round to dtype. */
+/* The same into fp32 partial sums: acc[i] = (first ? 0.0f : acc[i]) + rows..., no rounding; and its end: round to
+ * dtype. */
 void epx__sum_rows_f32(float *acc, bool first, const void *const *rows, int count, size_t hidden, epx_dtype_t dtype);
 void epx__round_row(void *out, const float *acc, size_t hidden, epx_dtype_t dtype, bool streaming);
 
