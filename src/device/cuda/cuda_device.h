@@ -37,7 +37,7 @@ const epx__cuda_driver_t *epx__cuda_driver(const char **why);
 epx_status_t epx__cuda_fail(cudaError_t error, const char *what);
 epx_status_t epx__cuda_driver_fail(CUresult result, const char *what);
 
-/* Make `ordinal` this thread's device, and put back what was. Cheap when it is already. */
+/* Make `ordinal` this thread's device, and put back what was. */
 epx_status_t epx__cuda_enter(int ordinal, int *before);
 void epx__cuda_leave(int ordinal, int before);
 

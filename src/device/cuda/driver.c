@@ -92,8 +92,8 @@ epx_status_t epx__cuda_driver_fail(CUresult result, const char *what)
 epx_status_t epx__cuda_enter(int ordinal, int *before)
 {
     cudaError_t error = cudaGetDevice(before);
-    if (error == cudaSuccess && *before != ordinal)
-        error = cudaSetDevice(ordinal);
+    if (error == cudaSuccess)
+        error = cudaSetDevice(ordinal); /* also when it is already: a new thread has no context before */
     return error == cudaSuccess ? EPX_OK : epx__cuda_fail(error, "choosing the GPU");
 }
 

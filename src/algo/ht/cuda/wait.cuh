@@ -179,7 +179,7 @@ EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
 {
     if (threadIdx.x == 0) {
         b->n = ld_relaxed_sys_u64(&c.state->sequence) + 1;
-        b->stop = ht_stopped(c, b->n, blockIdx.x == 0);
+        b->stop = ht_stopped(c, b->n, false);
     }
     __syncthreads();
     return b->stop == 0;
