@@ -9,6 +9,7 @@
 
 #include "base/env.h"
 #include "device/cpu/simd.h"
+#include "device/cpu/tsan.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -80,6 +81,9 @@ void epx__copy_choose(bool *streaming, const char **why)
     } else if (text && strcmp(text, "1") == 0 && level > EPX__SIMD_NONE) {
         *streaming = true;
         *why = "on: EPX_STREAMING=1";
+    } else if (EPX__TSAN) {
+        *streaming = false;
+        *why = "off: ThreadSanitizer does not see streaming stores (auto)";
     } else {
         *streaming = level > EPX__SIMD_NONE;
         *why = auto_why[level];

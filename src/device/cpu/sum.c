@@ -4,6 +4,7 @@
 #include "device/cpu/sum.h"
 
 #include <stdint.h>
+#include <string.h>
 
 #include "device/cpu/copy.h"
 #include "device/cpu/simd.h"
@@ -13,14 +14,14 @@
 
 /* ---- portable ---- */
 
-/* dtype is a constant at each call below, so that the loop has no branch and compilers can vectorise it. */
+/* dtype and count are constants at each call below, so that compilers can vectorise the loops. */
 ALWAYS_INLINE void add_row(float *sum, const void *row, size_t at, size_t count, epx_dtype_t dtype)
 {
     for (size_t i = 0; i < count; i++)
         sum[i] = sum[i] + epx__dtype_load(row, at + i, dtype);
 }
 
-static void add_any_row(float *sum, const void *row, size_t at, size_t count, epx_dtype_t dtype)
+ALWAYS_INLINE void add_any_row(float *sum, const void *row, size_t at, size_t count, epx_dtype_t dtype)
 {
     if (dtype == EPX_FP32)
         add_row(sum, row, at, count, EPX_FP32);
@@ -30,20 +31,37 @@ static void add_any_row(float *sum, const void *row, size_t at, size_t count, ep
         add_row(sum, row, at, count, EPX_BF16);
 }
 
-void epx__sum_portable(const epx__sum_t *sum, size_t begin, size_t end)
+ALWAYS_INLINE void round_any(void *out, const float *sum, size_t at, size_t count, epx_dtype_t dtype)
+{
+    if (dtype == EPX_FP32)
+        memcpy((float *)out + at, sum, count * sizeof *sum);
+    else if (dtype == EPX_FP16)
+        for (size_t i = 0; i < count; i++)
+            ((uint16_t *)out)[at + i] = epx__fp16_of_f32(sum[i]);
+    else
+        for (size_t i = 0; i < count; i++)
+            ((uint16_t *)out)[at + i] = epx__bf16_of_f32(sum[i]);
+}
+
+ALWAYS_INLINE void sum_block(const epx__sum_t *sum, size_t at, size_t count)
 {
     float part[EPX__SUM_BLOCK];
-    for (size_t at = begin; at < end; at += EPX__SUM_BLOCK) {
-        size_t count = end - at < EPX__SUM_BLOCK ? end - at : EPX__SUM_BLOCK;
-        for (size_t i = 0; i < count; i++)
-            part[i] = sum->acc ? sum->acc[at + i] : 0.0f;
-        for (int r = 0; r < sum->count; r++)
-            add_any_row(part, sum->rows[r], at, count, sum->dtype);
-        for (int b = 0; b < sum->biases; b++)
-            add_any_row(part, sum->bias[b], at, count, sum->dtype);
-        for (size_t i = 0; i < count; i++)
-            epx__dtype_store(sum->out, at + i, sum->out_dtype, part[i]);
-    }
+    for (size_t i = 0; i < count; i++)
+        part[i] = sum->acc ? sum->acc[at + i] : 0.0f;
+    for (int r = 0; r < sum->count; r++)
+        add_any_row(part, sum->rows[r], at, count, sum->dtype);
+    for (int b = 0; b < sum->biases; b++)
+        add_any_row(part, sum->bias[b], at, count, sum->dtype);
+    round_any(sum->out, part, at, count, sum->out_dtype);
+}
+
+void epx__sum_portable(const epx__sum_t *sum, size_t begin, size_t end)
+{
+    size_t at = begin;
+    for (; at + EPX__SUM_BLOCK <= end; at += EPX__SUM_BLOCK)
+        sum_block(sum, at, EPX__SUM_BLOCK);
+    if (at < end)
+        sum_block(sum, at, end - at);
 }
 
 /* ---- cutting a row: up to out's first whole line, whole blocks, the rest ---- */

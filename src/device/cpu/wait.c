@@ -12,24 +12,16 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "device/cpu/tsan.h"
 
 #define YIELDS 8u               /* after the spins, before the first sleep */
 #define SLEEP_LEAST_NS 1000000u /* 1 ms */
 #define SLEEP_MOST_NS 20000000u /* 20 ms: what a lost wake costs, and 50 looks a second when idle */
 #define NO_BELL_SLEEP_NS 50000u /* without a bell nobody wakes us: look often */
 
-/* ThreadSanitizer knows no fences (gcc refuses them); a read-modify-write of the same word orders as much. */
-#if defined(__SANITIZE_THREAD__)
-#define NO_FENCES 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define NO_FENCES 1
-#endif
-#endif
-
 static uint32_t fence_then_sleepers(epx__bell_t *bell)
 {
-#ifdef NO_FENCES
+#if EPX__TSAN /* gcc refuses fences there; a read-modify-write of the same word orders as much */
     return __atomic_fetch_add(&bell->sleepers, 0, __ATOMIC_SEQ_CST);
 #else
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
