@@ -76,10 +76,10 @@ static void trip_close(trip_t *t)
 
 static epx_status_t begin(xt_rank_t *self, trip_t *t, uint32_t topk, epx_handle_t **handle)
 {
-    static __thread int64_t ids[64 * 4];
+    static __thread int64_t ids[64 * 8]; /* room for a top-k that is refused */
     for (uint32_t i = 0; i < t->tokens; i++) {
         for (uint32_t k = 0; k < topk; k++)
-            ids[i * topk + k] = t->ids[i][k];
+            ids[i * topk + k] = t->ids[i][k % 4];
     }
     epx_dispatch_t d = {.size = sizeof d, .tokens = t->tokens, .topk_idx = ids, .topk = topk};
     d.experts = 2 * (uint32_t)self->ranks;
