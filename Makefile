@@ -22,8 +22,6 @@ setup-test: setup
 
 demo: all
 	build/bin/epx demo
-	@if [ -e build/lib/libepx_ofi.so ] && build/bin/epx demo --help 2>&1 | grep -q -- --domains; then \
-		echo build/bin/epx demo --domains 2; build/bin/epx demo --domains 2; fi
 
 test: setup-test all
 	ctest --preset release $(CTEST_FLAGS)
