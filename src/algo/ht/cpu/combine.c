@@ -282,18 +282,14 @@ static void blame(epx__half_t *half, epx__blame_t *out)
     combine_job_t *job = half->job;
     for (int i = 0; i < job->ht->members; i++) {
         const lane_t *lane = &job->lanes[i];
-        if (lane->cursor < lane->count && (uint64_t)lane->cursor >= lane->there) {
-            *out = (epx__blame_t){job->ht->peers[i].rank, "its expert outputs", (uint64_t)lane->count, lane->there};
-            return;
-        }
+        if (lane->cursor < lane->count && (uint64_t)lane->cursor >= lane->there)
+            epx__blame_rank(out, job->ht->peers[i].rank, "its expert outputs", (uint64_t)lane->count, lane->there);
     }
     for (int i = 0; i < job->ht->members; i++) {
         const epx__ht_peer_t *peer = &job->ht->peers[i];
         uint64_t read = epx__word_load(&peer->from_it->read);
-        if (peer != job->ht->self && read != peer->lent) {
-            *out = (epx__blame_t){peer->rank, "having read its rows", peer->lent, read};
-            return;
-        }
+        if (peer != job->ht->self && read != peer->lent)
+            epx__blame_rank(out, peer->rank, "having read its rows", peer->lent, read);
     }
 }
 

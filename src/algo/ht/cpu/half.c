@@ -165,42 +165,47 @@ static bool look(void *context)
     return half->last != EPX__STEP_STUCK || epx__alarm_is_up(half->ht->exchange);
 }
 
-static void blame_mail(epx__half_t *half, epx__blame_t *blame)
+void epx__blame_rank(epx__blame_t *blame, int rank, const char *stage, uint64_t expected, uint64_t seen)
 {
-    for (int i = 0; i < half->ht->members; i++) {
-        epx__ht_peer_t *peer = &half->ht->peers[i];
-        if (peer == half->ht->self || (peer->posted && peer->heard))
-            continue;
-        const epx__message_t *box = mailbox(half->ht->window, &half->ht->exchange->layout, peer->rank, half->sequence);
-        *blame = peer->posted
-                     ? (epx__blame_t){peer->rank, "its message", half->sequence, epx__word_load(&box->sequence)}
-                     : (epx__blame_t){peer->rank, "its mailbox to be free", half->sequence - 2,
-                                      epx__word_load(&peer->from_it->consumed)};
-        return;
+    if (blame->rank < 0) {
+        blame->rank = rank;
+        blame->stage = stage;
+        blame->expected = expected;
+        blame->seen = seen;
+    } else if (blame->also && rank != blame->rank) {
+        size_t n = strlen(blame->also);
+        snprintf(blame->also + n, blame->also_bytes - n, "%s rank %d", n ? "," : "; nor", rank);
     }
 }
 
-/* Other ranks that have not come to this half either: the one that is blamed may itself wait for one of them. */
-static void name_absent(const epx__half_t *half, int blamed, char *out, size_t bytes)
+static void blame_mail(const epx__half_t *half, epx__blame_t *blame)
 {
-    size_t n = 0;
-    out[0] = 0;
-    for (int i = 0; i < half->ht->members && n < bytes; i++) {
+    for (int i = 0; i < half->ht->members; i++) {
         const epx__ht_peer_t *peer = &half->ht->peers[i];
-        if (peer->heard || peer->rank == blamed)
+        if (peer == half->ht->self || (peer->posted && peer->heard))
             continue;
-        int more = snprintf(out + n, bytes - n, "%s rank %d", n ? "," : "; nor came", peer->rank);
-        n += more > 0 ? (size_t)more : bytes;
+        const epx__message_t *box = mailbox(half->ht->window, &half->ht->exchange->layout, peer->rank, half->sequence);
+        if (peer->posted)
+            epx__blame_rank(blame, peer->rank, "its message", half->sequence, epx__word_load(&box->sequence));
+        else
+            epx__blame_rank(blame, peer->rank, "its mailbox to be free", half->sequence - 2,
+                            epx__word_load(&peer->from_it->consumed));
     }
+}
+
+static epx__blame_t find_blame(epx__half_t *half, char *also, size_t also_bytes)
+{
+    epx__blame_t blame = {.rank = -1, .stage = "nothing that it knows of", .also = also, .also_bytes = also_bytes};
+    blame_mail(half, &blame);
+    if ((blame.rank < 0 || also) && half->blame)
+        half->blame(half, &blame);
+    return blame;
 }
 
 /* Nothing moved: is somebody gone, or the time over? */
 static epx_status_t check_stuck(epx__half_t *half)
 {
-    epx__blame_t blame = {.rank = -1, .stage = "nothing that it knows of"};
-    blame_mail(half, &blame);
-    if (blame.rank < 0 && half->blame)
-        half->blame(half, &blame);
+    epx__blame_t blame = find_blame(half, NULL, 0);
     for (int i = 0; blame.rank >= 0 && i < half->ht->members; i++)
         if (half->ht->peers[i].rank == blame.rank && epx__word_load(&half->ht->peers[i].from_it->closed)) {
             /* It may have done its part since the last look, and only then closed. */
@@ -214,14 +219,14 @@ static epx_status_t check_stuck(epx__half_t *half)
         }
     if (!epx__deadline_passed(&half->deadline))
         return EPX_OK;
-    char absent[96];
-    name_absent(half, blame.rank, absent, sizeof absent);
+    char also[96] = "";
+    blame = find_blame(half, also, sizeof also);
     return epx__half_fail(half, EPX_E_TIMEOUT, blame.rank,
                           "%s (half %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s (expected %" PRIu64
                           ", seen %" PRIu64 ")%s",
                           half->operation, half->sequence, half->ht->exchange->rank,
                           (double)epx__deadline_waited_ns(&half->deadline) * 1e-9, blame.rank, blame.stage,
-                          blame.expected, blame.seen, absent);
+                          blame.expected, blame.seen, also);
 }
 
 static epx_status_t run(epx__half_t *half)

@@ -59,7 +59,13 @@ typedef struct epx__blame {
     int rank;
     const char *stage;
     uint64_t expected, seen;
+    /* Set by the caller who wants them: the others waited for alike. The one blamed may itself wait for one of them. */
+    char *also; /* text of at most also_bytes, "" when there are none; NULL: not wanted */
+    size_t also_bytes;
 } epx__blame_t;
+
+/* The first rank is the one blamed, later ones are also named. */
+void epx__blame_rank(epx__blame_t *blame, int rank, const char *stage, uint64_t expected, uint64_t seen);
 
 typedef struct epx__half epx__half_t;
 struct epx__half {

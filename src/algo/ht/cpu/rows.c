@@ -354,12 +354,9 @@ static void blame(epx__half_t *half, epx__blame_t *out)
         const lane_t *lane = &job->lanes[i];
         const epx__ht_peer_t *peer = &job->ht->peers[i];
         if (lane->in_cursor < lane->in_count)
-            *out = (epx__blame_t){peer->rank, "its rows", (uint64_t)lane->in_count, (uint64_t)lane->in_cursor};
+            epx__blame_rank(out, peer->rank, "its rows", (uint64_t)lane->in_count, (uint64_t)lane->in_cursor);
         else if (!lane->sent_all)
-            *out = (epx__blame_t){peer->rank, "room in its ring", (uint64_t)lane->count, (uint64_t)lane->cursor};
-        else
-            continue;
-        return;
+            epx__blame_rank(out, peer->rank, "room in its ring", (uint64_t)lane->count, (uint64_t)lane->cursor);
     }
 }
 
