@@ -94,6 +94,7 @@ struct epx__exchange {
     epx__window_t window;
     void **peer; /* [ranks] their windows as mapped here; own base at [rank]; NULL outside the domain */
     epx__window_layout_t layout;
+    void *ll; /* of the low-latency implementation; NULL: the buffer has none */
     epx__fault_t fault;
     epx_traffic_t traffic;
     void *net; /* what carries rows between domains; NULL with one domain */

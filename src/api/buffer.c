@@ -30,6 +30,8 @@ static epx_status_t fill_defaults(epx_buffer_config_t *c, const epx_group_t *gro
     c->handles_max = c->handles_max ? c->handles_max : 64;
     c->leases_max = c->leases_max ? c->leases_max : 256;
     c->timeout_ms = c->timeout_ms ? c->timeout_ms : group->timeout_ms;
+    if (c->ll_tokens_max)
+        c->ll_slots = c->ll_slots ? c->ll_slots : 2;
     return EPX_OK;
 }
 
@@ -45,6 +47,12 @@ static epx_status_t check_config(const epx_buffer_config_t *c)
             c->tokens_max, c->experts_max, c->handles_max, c->leases_max);
     if (c->sms < 0)
         return epx__fail(EPX_E_INVALID, "sms is %d; it must not be negative", c->sms);
+    if (c->ll_tokens_max && (c->ll_hidden_max == 0 || c->ll_hidden_max % 8 || c->ll_hidden_max > 1u << 24))
+        return epx__fail(EPX_E_INVALID, "ll_hidden_max is %u; a multiple of 8 up to 2^24, for ll_tokens_max %u",
+                         c->ll_hidden_max, c->ll_tokens_max);
+    if (c->ll_tokens_max > 1u << 20 || c->ll_slots > 1024)
+        return epx__fail(EPX_E_INVALID, "ll_tokens_max %u or ll_slots %u is too large (2^20 and 1024 are the most)",
+                         c->ll_tokens_max, c->ll_slots);
     if (c->expert_rank && (c->experts == 0 || c->experts > c->experts_max))
         return epx__fail(EPX_E_INVALID, "expert_rank is given for %u experts; 1 to experts_max (%u) would be right",
                          c->experts, c->experts_max);
@@ -55,6 +63,7 @@ static epx_status_t check_config(const epx_buffer_config_t *c)
 typedef struct agreement {
     uint64_t lease_bytes, reserve_bytes;
     uint32_t tokens_max, topk_max, experts_max, handles_max, experts, map_hash;
+    uint32_t ll_tokens_max, ll_hidden_max, ll_slots, zero;
 } agreement_t;
 
 typedef struct card {
@@ -71,7 +80,10 @@ static agreement_t agreement_of(const epx_buffer_t *buffer)
                      .topk_max = c->topk_max,
                      .experts_max = c->experts_max,
                      .handles_max = c->handles_max,
-                     .experts = c->expert_rank ? c->experts : 0};
+                     .experts = c->expert_rank ? c->experts : 0,
+                     .ll_tokens_max = c->ll_tokens_max,
+                     .ll_hidden_max = c->ll_hidden_max,
+                     .ll_slots = c->ll_slots};
     for (uint32_t e = 0; c->expert_rank && e < c->experts; e++)
         a.map_hash = (a.map_hash ^ (uint32_t)c->expert_rank[e]) * 16777619u;
     return a;
@@ -191,6 +203,24 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     return EPX_OK;
 }
 
+static epx_status_t make_ll(epx_buffer_t *buffer)
+{
+    const epx_buffer_config_t *c = &buffer->x.config;
+    if (c->ll_tokens_max == 0)
+        return EPX_OK;
+    if (!buffer->group->ll_ops)
+        return epx__fail(EPX_E_UNSUPPORTED, "the %s backend has no low-latency mode in this build",
+                         buffer->x.ops->name);
+    buffer->ll_handles = epx__calloc(c->ll_slots, sizeof *buffer->ll_handles);
+    if (!buffer->ll_handles)
+        return epx__fail(EPX_E_NOMEM, "no memory for %u low-latency handles", c->ll_slots);
+    for (uint32_t i = 0; i < c->ll_slots; i++) {
+        buffer->ll_handles[i].buffer = buffer;
+        buffer->ll_handles[i].call.index = i;
+    }
+    return buffer->group->ll_ops->create(&buffer->x);
+}
+
 static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *config)
 {
     epx_group_t *group = buffer->group;
@@ -206,6 +236,8 @@ static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *confi
     status = buffer->x.ops->create(&buffer->x);
     buffer->created = status == EPX_OK;
     if (status == EPX_OK)
+        status = make_ll(buffer);
+    if (status == EPX_OK)
         status = epx__bootstrap_on_death(group->bootstrap, on_death, buffer, &buffer->death_slot);
     return epx__group_agree(group, status, "making a buffer's exchange");
 }
@@ -216,6 +248,8 @@ static void unmake(epx_buffer_t *buffer)
     epx__exchange_t *x = &buffer->x;
     if (buffer->death_slot >= 0)
         epx__bootstrap_off_death(group->bootstrap, buffer->death_slot);
+    if (x->ll)
+        group->ll_ops->destroy(x);
     if (buffer->created)
         x->ops->destroy(x);
     for (int r = 0; x->peer && r < group->ranks; r++)
@@ -229,6 +263,7 @@ static void unmake(epx_buffer_t *buffer)
     epx__free(buffer->leases);
     epx__free(buffer->handles);
     epx__free(buffer->handle_slab);
+    epx__free(buffer->ll_handles);
     epx__free(buffer->expert_rank);
     epx__free(buffer->expert_local);
     epx__free(buffer);

@@ -11,8 +11,8 @@ static epx_status_t check_aligned(const char *call, const char *what, const void
 }
 
 /* Device memory of the buffer's device, aligned; NULL only when nothing will be read. */
-static epx_status_t check_memory(epx_buffer_t *buffer, const char *call, const char *what, const void *pointer,
-                                 size_t align, bool needed)
+epx_status_t epx__check_memory(epx_buffer_t *buffer, const char *call, const char *what, const void *pointer,
+                               size_t align, bool needed)
 {
     if (!pointer && needed)
         return epx__fail(EPX_E_INVALID, "%s: %s is NULL but there is something to read or write there", call, what);
@@ -38,7 +38,7 @@ epx_status_t epx__check_routing(epx_buffer_t *buffer, const char *call, const vo
     if (experts < 1 || experts > c->experts_max)
         return epx__fail(EPX_E_INVALID, "%s: %u experts; 1 to this buffer's experts_max (%u)", call, experts,
                          c->experts_max);
-    EPX__TRY(check_memory(buffer, call, "topk_idx", topk_idx, (size_t)*bits / 8, tokens > 0));
+    EPX__TRY(epx__check_memory(buffer, call, "topk_idx", topk_idx, (size_t)*bits / 8, tokens > 0));
     if (!c->expert_rank)
         return epx__experts_make(experts, ranks, NULL, NULL, map);
     if (experts != c->experts)
@@ -58,7 +58,7 @@ epx_status_t epx__check_rows(epx_buffer_t *buffer, const char *call, epx_rows_t 
     if (rows->x_stride_bytes % 16 || rows->x_stride_bytes < rows->row_bytes)
         return epx__fail(EPX_E_INVALID, "%s: x_stride_bytes is %zu; a multiple of 16, at least row_bytes (%zu)", call,
                          rows->x_stride_bytes, rows->row_bytes);
-    EPX__TRY(check_memory(buffer, call, "x", rows->x, 16, tokens > 0));
+    EPX__TRY(epx__check_memory(buffer, call, "x", rows->x, 16, tokens > 0));
     if (rows->side_elems == 0) {
         if (rows->side)
             return epx__fail(EPX_E_INVALID, "%s: side is given but side_elems is 0", call);
@@ -77,7 +77,7 @@ epx_status_t epx__check_rows(epx_buffer_t *buffer, const char *call, epx_rows_t 
         rows->side_token_stride_bytes = (int64_t)(elem * rows->side_elems);
     if (rows->side_elem_stride_bytes % (int64_t)elem || rows->side_token_stride_bytes % (int64_t)elem)
         return epx__fail(EPX_E_INVALID, "%s: side strides must be multiples of side_elem_bytes (%zu)", call, elem);
-    return check_memory(buffer, call, "side", rows->side, elem, tokens > 0);
+    return epx__check_memory(buffer, call, "side", rows->side, elem, tokens > 0);
 }
 
 epx_status_t epx__check_dispatch(epx_buffer_t *buffer, epx_dispatch_t *d, epx__experts_t *map)
@@ -86,14 +86,14 @@ epx_status_t epx__check_dispatch(epx_buffer_t *buffer, epx_dispatch_t *d, epx__e
     if (d->topk > 0) {
         EPX__TRY(epx__check_routing(buffer, call, d->topk_idx, &d->topk_idx_bits, d->tokens, d->topk, d->experts, map));
         if (d->topk_weights)
-            EPX__TRY(check_memory(buffer, call, "topk_weights", d->topk_weights, 4, d->tokens > 0));
+            EPX__TRY(epx__check_memory(buffer, call, "topk_weights", d->topk_weights, 4, d->tokens > 0));
     } else {
         if (d->tokens > buffer->x.config.tokens_max)
             return epx__fail(EPX_E_INVALID, "%s: %u tokens; this buffer was created with tokens_max %u", call,
                              d->tokens, buffer->x.config.tokens_max);
         if (d->topk_idx || d->topk_weights)
             return epx__fail(EPX_E_INVALID, "%s: topk is 0 but topk_idx or topk_weights is given", call);
-        EPX__TRY(check_memory(buffer, call, "in_rank (topk is 0)", d->in_rank, 1, d->tokens > 0));
+        EPX__TRY(epx__check_memory(buffer, call, "in_rank (topk is 0)", d->in_rank, 1, d->tokens > 0));
         d->topk_idx_bits = 64;
         *map = (epx__experts_t){.experts = 0, .ranks = (uint32_t)buffer->group->ranks, .per_rank = 1};
     }
@@ -138,10 +138,10 @@ epx_status_t epx__check_combine(epx_buffer_t *buffer, const epx_handle_t *handle
     if (c->x_stride_bytes % 16 || c->x_stride_bytes < row)
         return epx__fail(EPX_E_INVALID, "%s: x_stride_bytes is %zu; a multiple of 16, at least the row (%zu)", call,
                          c->x_stride_bytes, row);
-    EPX__TRY(check_memory(buffer, call, "x", c->x, 16, rows > 0));
-    EPX__TRY(check_memory(buffer, call, "out", c->out, 16, tokens > 0));
-    EPX__TRY(check_memory(buffer, call, "bias[0]", c->bias[0], 16, c->bias[0] != NULL));
-    EPX__TRY(check_memory(buffer, call, "bias[1]", c->bias[1], 16, c->bias[1] != NULL));
+    EPX__TRY(epx__check_memory(buffer, call, "x", c->x, 16, rows > 0));
+    EPX__TRY(epx__check_memory(buffer, call, "out", c->out, 16, tokens > 0));
+    EPX__TRY(epx__check_memory(buffer, call, "bias[0]", c->bias[0], 16, c->bias[0] != NULL));
+    EPX__TRY(epx__check_memory(buffer, call, "bias[1]", c->bias[1], 16, c->bias[1] != NULL));
     if (!c->topk_weights != !c->out_topk_weights)
         return epx__fail(EPX_E_INVALID, "%s: topk_weights and out_topk_weights come together; one of them is NULL",
                          call);
@@ -150,8 +150,8 @@ epx_status_t epx__check_combine(epx_buffer_t *buffer, const epx_handle_t *handle
     if (c->sms < 0)
         return epx__fail(EPX_E_INVALID, "%s: sms is %d; it must not be negative", call, c->sms);
     if (c->topk_weights) {
-        EPX__TRY(check_memory(buffer, call, "topk_weights", c->topk_weights, 4, rows > 0));
-        EPX__TRY(check_memory(buffer, call, "out_topk_weights", c->out_topk_weights, 4, tokens > 0));
+        EPX__TRY(epx__check_memory(buffer, call, "topk_weights", c->topk_weights, 4, rows > 0));
+        EPX__TRY(epx__check_memory(buffer, call, "out_topk_weights", c->out_topk_weights, 4, tokens > 0));
     }
     return EPX_OK;
 }

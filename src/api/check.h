@@ -5,6 +5,9 @@
 #include "api/objects.h"
 #include "plan/format.h"
 
+/* Device memory of the buffer's device, aligned; NULL only when nothing is `needed` there. */
+epx_status_t epx__check_memory(epx_buffer_t *buffer, const char *call, const char *what, const void *pointer,
+                               size_t align, bool needed);
 epx_status_t epx__check_routing(epx_buffer_t *buffer, const char *call, const void *topk_idx, int *bits,
                                 uint32_t tokens, uint32_t topk, uint32_t experts, epx__experts_t *map);
 epx_status_t epx__check_rows(epx_buffer_t *buffer, const char *call, epx_rows_t *rows, uint32_t tokens);

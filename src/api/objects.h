@@ -5,12 +5,14 @@
 #include <pthread.h>
 
 #include "algo/exchange.h"
+#include "algo/ll/ll.h"
 
 struct epx_group {
     epx__bootstrap_t *bootstrap;
     epx__fdserver_t *fdserver;
     epx__device_t *device;
     const epx__exchange_ops_t *exchange_ops; /* of the backend, inside one domain */
+    const epx__ll_ops_t *ll_ops;             /* NULL: the backend has no low latency */
     epx__topology_t topology;
     int rank, ranks;
     int host_ranks; /* ranks on this host */
@@ -40,6 +42,11 @@ typedef struct epx__lease {
     epx_stream_t stream;  /* of the release */
 } epx__lease_t;
 
+struct epx_ll_handle {
+    epx_buffer_t *buffer;
+    epx__ll_call_t call;
+};
+
 struct epx_buffer {
     epx_group_t *group;
     epx__exchange_t x;
@@ -50,7 +57,9 @@ struct epx_buffer {
     int32_t *handle_slab;   /* their host counts */
     int32_t *expert_local;  /* of the configured map */
     int32_t *expert_rank;
-    uint32_t dispatches; /* so far: the generations of handles */
+    epx_ll_handle_t *ll_handles; /* [ll_slots]; call n has place n % ll_slots */
+    uint64_t ll_calls;           /* so far */
+    uint32_t dispatches;         /* so far: the generations of handles */
     int death_slot, notice_slot;
     bool told;    /* the caller has had the first failure */
     bool created; /* the exchange is up */

@@ -2,7 +2,7 @@
  * What lies where in a rank's window. Pure. The same on every rank of a buffer, so that a peer's word is found by
  * offset alone. docs/PROTOCOL-HT.md says who writes and who reads each part.
  *
- *   [ control | mailboxes | words | reserve | leases ]
+ *   [ control | errors | words | mailboxes | chunk words | reserve | leases | low latency (ll.h) ]
  *
  * All words that peers write are 8 bytes, 8-aligned, one writer each; each writer's words share no cache line with
  * another's.
@@ -14,6 +14,8 @@
 #include <stdint.h>
 
 #include <epx/epx.h>
+
+#include "plan/ll.h"
 
 #define EPX__LINE 64
 #define EPX__PAGE 4096
@@ -89,6 +91,7 @@ typedef struct epx__window_layout {
     uint32_t chunk_words;
     size_t reserve_offset, reserve_bytes;
     size_t lease_offset, lease_bytes;
+    epx__ll_layout_t ll; /* after the leases; tokens_max 0: none */
     size_t total_bytes;
 } epx__window_layout_t;
 

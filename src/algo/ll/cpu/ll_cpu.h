@@ -1,0 +1,90 @@
+/* Low latency on the CPU: what the files of this folder share. The protocol is in docs/PROTOCOL-LL.md. */
+#ifndef EPX_ALGO_LL_CPU_H
+#define EPX_ALGO_LL_CPU_H
+
+#include "algo/ll/ll.h"
+#include "base/clock.h"
+#include "device/cpu/copy.h"
+#include "device/cpu/wait.h"
+
+/* What a call keeps between its halves. */
+typedef struct epx__ll_kept {
+    uint32_t *tokens; /* [ranks] of each source; 0 of one that was not heard */
+    int32_t *ids;     /* [ranks][tokens_max][topk_max], tightly [tokens][topk] of the call for each source */
+    float *weights;   /* the same, when given */
+    uint8_t *asked;   /* [ranks] 1: my dispatch went there, so its outputs are to be waited for */
+    uint8_t *owing;   /* [ranks] 1: given up in this call; it may still write into the slot until it says combined */
+    uint64_t last;    /* number of the call that used the slot last */
+    void *zero_copy;  /* expert outputs, when the buffer was made for it */
+} epx__ll_kept_t;
+
+typedef struct epx__ll_cpu {
+    epx__exchange_t *exchange;
+    epx__ll_layout_t layout;
+    epx__ll_words_t **to;  /* [ranks] my line in each rank's window */
+    epx__ll_words_t *from; /* [ranks] their lines in mine */
+    epx__ll_kept_t *kept;  /* [slots] */
+    uint8_t *masked;       /* [ranks] */
+    uint8_t *done;         /* [ranks] scratch of a half */
+    int32_t *row_of;       /* [experts_max] scratch: next row of each local expert */
+    uint8_t *row;          /* [row_bytes] scratch: a quantised token */
+    float *sum;            /* [hidden_max] scratch */
+} epx__ll_cpu_t;
+
+/* ---- waiting (ll_wait.c) ---- */
+
+/* Serve the ranks one by one as they become ready: `ready` says whether rank's part can be done now, `serve` does it.
+ * Ranks with done[rank] set are left out. A rank that misses the deadline fails the call, or is masked where the buffer
+ * says so. */
+typedef struct epx__ll_wait {
+    const char *operation, *stage;
+    uint64_t number;
+    uint64_t timeout_ms;
+    int64_t *wait_ns; /* [ranks] or NULL */
+    bool (*ready)(epx__ll_cpu_t *ll, int rank, void *context);
+    epx_status_t (*serve)(epx__ll_cpu_t *ll, int rank, void *context);
+    void (*give_up)(epx__ll_cpu_t *ll, int rank, void *context); /* a rank is masked now */
+    void *context;
+} epx__ll_wait_t;
+
+epx_status_t epx__ll_serve_all(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait);
+
+static inline uint64_t epx__ll_load(const uint64_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+/* Store a word in rank's window after everything this thread wrote, and wake it. */
+void epx__ll_post(epx__ll_cpu_t *ll, int rank, uint64_t *word, uint64_t value);
+
+/* ---- who chose what (ll_visit.c) ---- */
+
+/* One token that came to this rank. */
+typedef struct epx__ll_visit {
+    uint32_t source, token;
+    uint32_t rank_place;          /* place of this rank among the token's ranks, ascending */
+    uint32_t choices;             /* chosen experts of this rank, in top-k order */
+    uint32_t place[EPX_TOPK_MAX]; /* their top-k places */
+    int32_t expert[EPX_TOPK_MAX]; /* their local numbers */
+    bool first[EPX_TOPK_MAX];     /* not chosen by an earlier place of this token */
+    const int32_t *ids;           /* [topk] */
+    const float *weights;         /* [topk] or NULL */
+} epx__ll_visit_t;
+
+/* Every (source, token) that came here, in that order. */
+void epx__ll_each(epx__ll_cpu_t *ll, const epx__ll_call_t *call,
+                  void (*visit)(void *context, const epx__ll_visit_t *visit), void *context);
+
+static inline epx__ll_kept_t *epx__ll_kept_of(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
+{
+    return &ll->kept[call->number % ll->layout.slots];
+}
+
+/* The ids' hash: what all ranks must agree on. */
+uint64_t epx__ll_shape(const epx__ll_call_t *call);
+
+epx_status_t epx__ll_cpu_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
+epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
+epx_status_t epx__ll_cpu_combine_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
+epx_status_t epx__ll_cpu_combine_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
+
+#endif

@@ -1,0 +1,107 @@
+/* The waiting loop of low latency on the CPU: serve whichever rank is ready; look at alarm, closed peers and deadline.
+ */
+#include <inttypes.h>
+#include <string.h>
+
+#include "algo/alarm.h"
+#include "algo/ll/cpu/ll_cpu.h"
+#include "base/fail.h"
+
+static epx__bell_t *bell_of(const epx__exchange_t *exchange, int rank)
+{
+    return (epx__bell_t *)((epx__control_t *)exchange->peer[rank])->bell;
+}
+
+void epx__ll_post(epx__ll_cpu_t *ll, int rank, uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+    epx__bell_ring(bell_of(ll->exchange, rank));
+}
+
+typedef struct loop {
+    epx__ll_cpu_t *ll;
+    const epx__ll_wait_t *wait;
+} loop_t;
+
+/* The waiter's last look before it sleeps. */
+static bool somebody_ready(void *context)
+{
+    const loop_t *loop = context;
+    for (int r = 0; r < loop->ll->exchange->topology->ranks; r++)
+        if (!loop->ll->done[r] && loop->wait->ready(loop->ll, r, loop->wait->context))
+            return true;
+    return epx__alarm_is_up(loop->ll->exchange);
+}
+
+static void note_wait(const epx__ll_wait_t *wait, int rank, uint64_t start_ns)
+{
+    if (wait->wait_ns)
+        wait->wait_ns[rank] += (int64_t)(epx__now_ns() - start_ns);
+}
+
+static epx_status_t give_up(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, int rank, double waited_s)
+{
+    if (!ll->exchange->config.ll_mask_on_timeout)
+        return epx__alarm_raise(ll->exchange, EPX_E_TIMEOUT, wait->number, rank,
+                                "%s (call %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s", wait->operation,
+                                wait->number, ll->exchange->rank, waited_s, rank, wait->stage);
+    ll->masked[rank] = 1;
+    ll->done[rank] = 1;
+    if (wait->give_up)
+        wait->give_up(ll, rank, wait->context);
+    return EPX_OK;
+}
+
+/* Nobody was ready: is somebody gone, or the time over? */
+static epx_status_t check_late(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, epx__deadline_t *deadline)
+{
+    bool late = epx__deadline_passed(deadline);
+    double waited_s = (double)epx__deadline_waited_ns(deadline) * 1e-9;
+    for (int r = 0; r < ll->exchange->topology->ranks; r++) {
+        if (ll->done[r] || wait->ready(ll, r, wait->context))
+            continue;
+        if (late)
+            EPX__TRY(give_up(ll, wait, r, waited_s));
+        else if (epx__alarm_closed(ll->exchange, r) && !wait->ready(ll, r, wait->context))
+            return epx__alarm_raise(ll->exchange, EPX_E_PEER, wait->number, r,
+                                    "%s on rank %d waits for %s of rank %d, which has destroyed its buffer",
+                                    wait->operation, ll->exchange->rank, wait->stage, r);
+    }
+    return EPX_OK;
+}
+
+epx_status_t epx__ll_serve_all(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait)
+{
+    epx__exchange_t *exchange = ll->exchange;
+    uint64_t start_ns = epx__now_ns();
+    epx__deadline_t deadline = epx__deadline_ms(wait->timeout_ms ? wait->timeout_ms : exchange->config.timeout_ms);
+    epx__waiter_t waiter;
+    loop_t loop = {ll, wait};
+    epx__waiter_init(&waiter, bell_of(exchange, exchange->rank), exchange->spins);
+    for (;;) {
+        if (epx__alarm_is_up(exchange))
+            EPX__TRY(epx__alarm_read(exchange, wait->number));
+        int left = 0;
+        bool moved = false;
+        for (int r = 0; r < exchange->topology->ranks; r++) {
+            if (ll->done[r])
+                continue;
+            if (!wait->ready(ll, r, wait->context)) {
+                left++;
+                continue;
+            }
+            note_wait(wait, r, start_ns);
+            EPX__TRY(wait->serve(ll, r, wait->context));
+            ll->done[r] = 1;
+            moved = true;
+        }
+        if (left == 0)
+            return EPX_OK;
+        if (moved) {
+            epx__waiter_progress(&waiter);
+            continue;
+        }
+        EPX__TRY(check_late(ll, wait, &deadline));
+        epx__waiter_pause(&waiter, somebody_ready, &loop);
+    }
+}

@@ -1,0 +1,237 @@
+/* Low latency: argument checks, the calls' states and slots; one call of the implementation each. */
+#include <string.h>
+
+#include "api/check.h"
+#include "base/fail.h"
+
+static epx_status_t told(epx_buffer_t *buffer, epx_status_t status)
+{
+    if (status != EPX_OK && atomic_load(&buffer->x.fault.ready))
+        buffer->told = true;
+    return status;
+}
+
+static epx_status_t usable(epx_buffer_t *buffer, const char *call)
+{
+    if (!buffer)
+        return epx__fail(EPX_E_INVALID, "%s: buffer is NULL", call);
+    if (!buffer->x.ll)
+        return epx__fail(EPX_E_INVALID,
+                         "%s: the buffer was made without low latency; set ll_tokens_max and ll_hidden_max", call);
+    return epx__buffer_usable(buffer, call);
+}
+
+/* A handle in the state that the call needs. */
+static epx_status_t handle_in(epx_ll_handle_t *handle, epx__ll_state_t state, const char *call, const char *before)
+{
+    if (!handle)
+        return epx__fail(EPX_E_INVALID, "%s: handle is NULL", call);
+    EPX__TRY(usable(handle->buffer, call));
+    if (handle->call.state == EPX__LL_FREE)
+        return epx__fail(EPX_E_INVALID, "%s: the handle has been combined or released", call);
+    if (handle->call.state != state)
+        return epx__fail(EPX_E_INVALID, "%s: out of order; it comes after %s, once", call, before);
+    return EPX_OK;
+}
+
+/* ---- dispatch ---- */
+
+static epx_status_t check_dispatch(epx_buffer_t *buffer, epx_ll_dispatch_t *d, epx__experts_t *map)
+{
+    const char *call = "epx_ll_dispatch";
+    const epx_buffer_config_t *c = &buffer->x.config;
+    uint32_t unit = d->format != EPX_LL_FP8 ? 8 : d->ue8m0 ? 512 : 128;
+    if (d->tokens > c->ll_tokens_max)
+        return epx__fail(EPX_E_INVALID, "%s: %u tokens; this buffer was created with ll_tokens_max %u", call, d->tokens,
+                         c->ll_tokens_max);
+    if (d->format != EPX_LL_BF16 && d->format != EPX_LL_FP8)
+        return epx__fail(EPX_E_INVALID, "%s: format %d; EPX_LL_BF16 or EPX_LL_FP8", call, (int)d->format);
+    if (d->order != EPX_LL_EXPERT_MAJOR && d->order != EPX_LL_RANK_MAJOR)
+        return epx__fail(EPX_E_INVALID, "%s: order %d; EPX_LL_EXPERT_MAJOR or EPX_LL_RANK_MAJOR", call, (int)d->order);
+    if (d->hidden == 0 || d->hidden % unit || d->hidden > c->ll_hidden_max)
+        return epx__fail(EPX_E_INVALID, "%s: hidden is %u; a multiple of %u up to this buffer's ll_hidden_max (%u)",
+                         call, d->hidden, unit, c->ll_hidden_max);
+    uint32_t tokens = d->tokens > c->tokens_max ? c->tokens_max : d->tokens; /* LL has its own limit, checked above */
+    EPX__TRY(epx__check_routing(buffer, call, d->topk_idx, &d->topk_idx_bits, tokens, d->topk, d->experts, map));
+    EPX__TRY(epx__check_memory(buffer, call, "x", d->x, 16, d->tokens > 0));
+    EPX__TRY(epx__check_memory(buffer, call, "topk_weights", d->topk_weights, 4, d->topk_weights && d->tokens > 0));
+    EPX__TRY(epx__check_memory(buffer, call, "recv_x", d->recv_x, 16, true));
+    EPX__TRY(epx__check_memory(buffer, call, "recv_scales", d->recv_scales, 4, d->format == EPX_LL_FP8));
+    EPX__TRY(epx__check_memory(buffer, call, "recv_count", d->recv_count, 4, true));
+    EPX__TRY(epx__check_memory(buffer, call, "src_info", d->src_info, 4, true));
+    EPX__TRY(epx__check_memory(buffer, call, "layout_range", d->layout_range, 8, d->layout_range != NULL));
+    if (d->order == EPX_LL_EXPERT_MAJOR && (d->recv_topk_idx || d->recv_topk_weights))
+        return epx__fail(EPX_E_INVALID, "%s: recv_topk_idx and recv_topk_weights belong to EPX_LL_RANK_MAJOR", call);
+    if (d->recv_topk_weights && !d->topk_weights)
+        return epx__fail(EPX_E_INVALID, "%s: recv_topk_weights needs topk_weights", call);
+    if (d->sms < 0)
+        return epx__fail(EPX_E_INVALID, "%s: sms is %d; it must not be negative", call, d->sms);
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_dispatch_send(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
+                                  epx_ll_handle_t **out)
+{
+    epx_ll_dispatch_t d;
+    epx__experts_t map;
+    EPX__TRY(usable(buffer, "epx_ll_dispatch"));
+    if (!out)
+        return epx__fail(EPX_E_INVALID, "epx_ll_dispatch: handle is NULL");
+    EPX__TRY(epx__config_copy(&d, sizeof d, dispatch, "epx_ll_dispatch_t"));
+    EPX__TRY(check_dispatch(buffer, &d, &map));
+    uint32_t slots = buffer->x.config.ll_slots;
+    epx_ll_handle_t *handle = &buffer->ll_handles[(buffer->ll_calls + 1) % slots];
+    if (handle->call.state != EPX__LL_FREE)
+        return epx__fail(
+            EPX_E_BUSY,
+            "epx_ll_dispatch: the next of the %u slots is owned by call %llu, which has not been combined or "
+            "released; finish it, or create the buffer with more ll_slots",
+            slots, (unsigned long long)handle->call.number);
+    handle->call.number = buffer->ll_calls + 1;
+    handle->call.dispatch = d;
+    handle->call.map = map;
+    handle->call.local_experts = epx__experts_at(&map, (uint32_t)buffer->x.rank);
+    EPX__TRY(told(buffer, buffer->group->ll_ops->dispatch_send(&buffer->x, &handle->call, stream)));
+    buffer->ll_calls++;
+    handle->call.state = EPX__LL_SENT;
+    *out = handle;
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_dispatch_recv(epx_ll_handle_t *handle, epx_stream_t stream)
+{
+    EPX__TRY(handle_in(handle, EPX__LL_SENT, "epx_ll_dispatch_recv", "epx_ll_dispatch_send"));
+    epx_buffer_t *buffer = handle->buffer;
+    EPX__TRY(told(buffer, buffer->group->ll_ops->dispatch_recv(&buffer->x, &handle->call, stream)));
+    handle->call.state = EPX__LL_RECEIVED;
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_dispatch(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
+                             epx_ll_handle_t **out)
+{
+    epx_ll_handle_t *handle;
+    if (!out)
+        return epx__fail(EPX_E_INVALID, "epx_ll_dispatch: handle is NULL");
+    EPX__TRY(epx_ll_dispatch_send(buffer, dispatch, stream, &handle));
+    epx_status_t status = epx_ll_dispatch_recv(handle, stream);
+    if (status != EPX_OK)
+        handle->call.state = EPX__LL_FREE;
+    else
+        *out = handle;
+    return status;
+}
+
+/* ---- combine ---- */
+
+static epx_status_t check_combine(epx_ll_handle_t *handle, epx_ll_combine_t *c)
+{
+    const char *call = "epx_ll_combine";
+    epx_buffer_t *buffer = handle->buffer;
+    const epx_ll_dispatch_t *d = &handle->call.dispatch;
+    bool some = d->tokens > 0;
+    if (!c->x && !buffer->x.config.ll_zero_copy)
+        return epx__fail(EPX_E_INVALID, "%s: x is NULL, but the buffer was made without ll_zero_copy", call);
+    if (c->pre_reduced && (!d->topk_weights || d->order != EPX_LL_EXPERT_MAJOR))
+        return epx__fail(EPX_E_INVALID, "%s: pre_reduced needs topk_weights at dispatch and EPX_LL_EXPERT_MAJOR order",
+                         call);
+    EPX__TRY(epx__check_memory(buffer, call, "x", c->x, 16, c->x != NULL));
+    EPX__TRY(epx__check_memory(buffer, call, "topk_idx", c->topk_idx, (size_t)d->topk_idx_bits / 8, some));
+    EPX__TRY(epx__check_memory(buffer, call, "topk_weights", c->topk_weights, 4, some && c->topk_weights));
+    EPX__TRY(epx__check_memory(buffer, call, "out", c->out, 16, some));
+    EPX__TRY(epx__check_memory(buffer, call, "weight_left", c->weight_left, 4, some && c->weight_left));
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_combine_send(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
+{
+    epx_ll_combine_t c;
+    EPX__TRY(handle_in(handle, EPX__LL_RECEIVED, "epx_ll_combine_send", "epx_ll_dispatch_recv"));
+    EPX__TRY(epx__config_copy(&c, sizeof c, combine, "epx_ll_combine_t"));
+    EPX__TRY(check_combine(handle, &c));
+    epx_buffer_t *buffer = handle->buffer;
+    handle->call.combine = c;
+    EPX__TRY(told(buffer, buffer->group->ll_ops->combine_send(&buffer->x, &handle->call, stream)));
+    handle->call.state = EPX__LL_COMBINE_SENT;
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream)
+{
+    EPX__TRY(handle_in(handle, EPX__LL_COMBINE_SENT, "epx_ll_combine_recv", "epx_ll_combine_send"));
+    epx_buffer_t *buffer = handle->buffer;
+    EPX__TRY(told(buffer, buffer->group->ll_ops->combine_recv(&buffer->x, &handle->call, stream)));
+    handle->call.state = EPX__LL_FREE;
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_combine(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
+{
+    EPX__TRY(epx_ll_combine_send(handle, combine, stream));
+    return epx_ll_combine_recv(handle, stream);
+}
+
+void epx_ll_handle_release(epx_ll_handle_t *handle, epx_stream_t stream)
+{
+    (void)stream;
+    if (handle)
+        handle->call.state = EPX__LL_FREE;
+}
+
+epx_status_t epx_ll_combine_buffer(epx_ll_handle_t *handle, void **memory)
+{
+    if (!handle || !memory)
+        return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: handle and memory must not be NULL");
+    EPX__TRY(usable(handle->buffer, "epx_ll_combine_buffer"));
+    if (!handle->buffer->x.config.ll_zero_copy)
+        return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: the buffer was made without ll_zero_copy");
+    return handle->buffer->group->ll_ops->combine_buffer(&handle->buffer->x, &handle->call, memory);
+}
+
+/* ---- masks ---- */
+
+epx_status_t epx_ll_mask_set(epx_buffer_t *buffer, int rank, int masked, epx_stream_t stream)
+{
+    EPX__TRY(usable(buffer, "epx_ll_mask_set"));
+    if (rank < 0 || rank >= buffer->group->ranks || rank == buffer->group->rank)
+        return epx__fail(EPX_E_INVALID, "epx_ll_mask_set: rank %d; another rank than one's own, below %d", rank,
+                         buffer->group->ranks);
+    return buffer->group->ll_ops->mask_set(&buffer->x, rank, masked, stream);
+}
+
+epx_status_t epx_ll_mask_get(epx_buffer_t *buffer, int32_t *masked)
+{
+    EPX__TRY(usable(buffer, "epx_ll_mask_get"));
+    if (!masked)
+        return epx__fail(EPX_E_INVALID, "epx_ll_mask_get: masked is NULL");
+    return buffer->group->ll_ops->mask_get(&buffer->x, masked);
+}
+
+epx_status_t epx_ll_mask_clear(epx_buffer_t *buffer, epx_stream_t stream)
+{
+    EPX__TRY(usable(buffer, "epx_ll_mask_clear"));
+    for (int r = 0; r < buffer->group->ranks; r++)
+        if (r != buffer->group->rank)
+            EPX__TRY(buffer->group->ll_ops->mask_set(&buffer->x, r, 0, stream));
+    return EPX_OK;
+}
+
+epx_status_t epx_ll_plan(epx_ll_plan_t *plan)
+{
+    if (!plan || plan->size != sizeof *plan)
+        return epx__fail(EPX_E_INVALID, "epx_ll_plan: plan must not be NULL and plan->size must be %zu", sizeof *plan);
+    if (!plan->ranks || !plan->tokens_max || !plan->hidden || !plan->topk)
+        return epx__fail(EPX_E_INVALID, "epx_ll_plan: ranks, tokens_max, hidden and topk must be at least 1");
+    epx__ll_layout_t l;
+    uint32_t slots = plan->slots ? plan->slots : 2;
+    EPX__TRY(epx__ll_layout_make(plan->ranks, plan->tokens_max, plan->hidden, plan->topk, slots, 0, &l));
+    plan->slots = slots;
+    plan->words_bytes = l.ids_offset - l.words_offset;
+    plan->ids_bytes = l.rows_offset - l.ids_offset;
+    plan->dispatch_bytes = l.back_offset - l.rows_offset;
+    plan->combine_bytes = l.total_bytes - l.back_offset;
+    plan->window_bytes = l.total_bytes;
+    uint64_t local = (plan->experts + plan->ranks - 1) / plan->ranks;
+    plan->zero_copy_bytes = local * plan->ranks * plan->tokens_max * plan->hidden * 2 * slots;
+    return EPX_OK;
+}

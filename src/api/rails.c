@@ -1,0 +1,190 @@
+/* Making the rails of a buffer: a window that the domain maps, and port channels to the rails of the other domains. */
+#include "api/rails.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "algo/rails.h"
+#include "base/alloc.h"
+#include "base/env.h"
+#include "base/fail.h"
+#include "device/cpu/wait.h"
+
+typedef struct own {
+    epx_buffer_t *buffer;
+    epx__export_t *exports; /* [ranks] */
+    uint8_t *wanted;        /* [ranks] */
+    bool window_open;
+    int notice_slot;
+} own_t;
+
+static const char *address_of(const epx_group_t *group)
+{
+    const char *address = epx__env_text(EPX__ENV_ADDRESS);
+    return address ? address : group->host_ranks == group->ranks ? "127.0.0.1" : NULL;
+}
+
+epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
+{
+    if (group->topology.domains == 1)
+        return EPX_OK;
+    const char *spec = asked && asked[0] ? asked : epx__env_text(EPX__ENV_NET);
+    if (!spec || !spec[0])
+        spec = "ofi";
+    epx__net_config_t config = {.address = address_of(group),
+                                .nic = epx__env_text(EPX__ENV_NIC),
+                                .peers_max = 1,
+                                .puts_max = 1,
+                                .notices_max = 1};
+    epx__net_t *net;
+    if (strlen(spec) >= sizeof group->net)
+        return epx__fail(EPX_E_INVALID, "the network's name \"%.40s...\" is too long", spec);
+    EPX__TRY(epx__net_open(spec, &config, &net));
+    snprintf(group->net, sizeof group->net, "%s", spec);
+    snprintf(group->net_why, sizeof group->net_why, "%s", net->why);
+    epx__net_close(net);
+    return EPX_OK;
+}
+
+static epx_status_t gather(void *context, const void *mine, size_t bytes, void *all)
+{
+    epx_group_t *group = context;
+    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
+}
+
+/* A proxy: signals or credit have come. Whoever waits on the rank's bell looks again. */
+static void on_change(void *context)
+{
+    epx_buffer_t *buffer = context;
+    uint8_t *control = (uint8_t *)buffer->x.window.base + buffer->x.layout.control_offset;
+    epx__bell_ring((epx__bell_t *)(void *)((epx__control_t *)(void *)control)->bell);
+}
+
+/* Another rank, of whatever domain, has failed. Called by the bootstrap's watcher. */
+static void on_notice(void *context, int from, const void *data, size_t bytes)
+{
+    epx_buffer_t *buffer = context;
+    epx__exchange_fault(&buffer->x, EPX_E_PEER, "rank %d failed: %.*s", from, (int)bytes, (const char *)data);
+    buffer->x.ops->interrupt(&buffer->x);
+}
+
+static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+{
+    epx_group_t *group = buffer->group;
+    const epx__topology_t *topology = &group->topology;
+    own->exports = epx__calloc((size_t)group->ranks, sizeof *own->exports);
+    own->wanted = epx__calloc((size_t)group->ranks, 1);
+    rails->member = epx__calloc((size_t)topology->per_domain, sizeof *rails->member);
+    if (!own->exports || !own->wanted || !rails->member)
+        return epx__fail(EPX_E_NOMEM, "no memory for the rails of %d ranks", group->ranks);
+    if (group->device->ops->backend != EPX_BACKEND_CPU)
+        return epx__fail(EPX_E_UNSUPPORTED, "several domains work with the CPU backend so far; this group's is %s",
+                         group->device->ops->name);
+    EPX__TRY(epx__rails_layout_make(topology, buffer->x.config.tokens_max, buffer->x.config.experts_max,
+                                    buffer->x.config.reserve_bytes, &rails->layout));
+    EPX__TRY(epx__window_create(group->device, group->fdserver, rails->layout.total, &rails->window,
+                                &own->exports[group->rank]));
+    own->window_open = true;
+    return EPX_OK;
+}
+
+static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+{
+    epx_group_t *group = buffer->group;
+    epx__export_t mine = own->exports[group->rank];
+    EPX__TRY(epx__bootstrap_allgather(group->bootstrap, &mine, sizeof mine, own->exports, group->timeout_ms));
+    for (int i = 0; i < group->topology.per_domain; i++) {
+        int rank = epx__topology_rank(&group->topology, rails->domain, i);
+        void *mapped = rails->window.base;
+        if (rank != group->rank)
+            EPX__TRY(epx__window_import(group->device, &own->exports[rank], group->timeout_ms, &mapped));
+        rails->member[i] = mapped;
+    }
+    return EPX_OK;
+}
+
+static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+{
+    epx_group_t *group = buffer->group;
+    epx_channel_memory_t memory = {rails->window.base, rails->layout.total, 0};
+    for (int d = 0; d < group->topology.domains; d++)
+        own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
+    epx__channels_config_t config = {
+        .rank = group->rank,
+        .ranks = group->ranks,
+        .wanted = own->wanted,
+        .net = group->net,
+        .address = address_of(group),
+        .nic = epx__env_text(EPX__ENV_NIC),
+        .channels = EPX__RAIL_CHANNELS,
+        .proxies = 1,
+        .memories = &memory,
+        .memory_count = 1,
+        .timeout_ms = buffer->x.config.timeout_ms,
+        .allgather = gather,
+        .allgather_context = group,
+        .changed = on_change,
+        .changed_context = buffer,
+    };
+    return epx__channels_create(&config, &rails->channels);
+}
+
+epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
+{
+    epx_group_t *group = buffer->group;
+    if (group->topology.domains == 1)
+        return EPX_OK;
+    epx__rails_t *rails = epx__calloc(1, sizeof *rails);
+    own_t *own = epx__calloc(1, sizeof *own);
+    epx_status_t status = EPX_OK;
+    if (!rails || !own) {
+        epx__free(rails);
+        epx__free(own);
+        status = epx__fail(EPX_E_NOMEM, "no memory for the rails of a buffer");
+    } else {
+        own->buffer = buffer;
+        own->notice_slot = -1;
+        buffer->x.net = rails;
+        rails->api = own;
+        rails->topology = &group->topology;
+        rails->domain = group->topology.domain_of[group->rank];
+        rails->index = group->topology.index_of[group->rank];
+        rails->tokens_max = buffer->x.config.tokens_max;
+        rails->experts_max = buffer->x.config.experts_max;
+        status = open_window(buffer, rails, own);
+    }
+    EPX__TRY(epx__group_agree(group, status, "making the rails between domains"));
+    status = map_members(buffer, rails, own);
+    EPX__TRY(epx__group_agree(group, status, "mapping the domain's rails windows"));
+    status = open_channels(buffer, rails, own);
+    uint32_t tag = 0x4e000000u + (uint32_t)group->buffers++;
+    if (status == EPX_OK)
+        status = epx__bootstrap_on_notice(group->bootstrap, tag, on_notice, buffer, &own->notice_slot);
+    buffer->x.notice_tag = tag;
+    return epx__group_agree(group, status, "connecting the rails");
+}
+
+void epx__buffer_rails_close(epx_buffer_t *buffer)
+{
+    epx__rails_t *rails = buffer->x.net;
+    epx_group_t *group = buffer->group;
+    if (!rails)
+        return;
+    own_t *own = rails->api;
+    if (own->notice_slot >= 0)
+        epx__bootstrap_off_notice(group->bootstrap, own->notice_slot);
+    epx__channels_destroy(rails->channels);
+    for (int i = 0; rails->member && own->exports && i < group->topology.per_domain; i++) {
+        int rank = epx__topology_rank(&group->topology, rails->domain, i);
+        if (rank != group->rank && rails->member[i])
+            epx__window_unimport(group->device, &own->exports[rank], rails->member[i]);
+    }
+    if (own->window_open)
+        epx__window_destroy(group->device, group->fdserver, &rails->window, &own->exports[group->rank]);
+    epx__free(rails->member);
+    epx__free(own->exports);
+    epx__free(own->wanted);
+    epx__free(own);
+    epx__free(rails);
+    buffer->x.net = NULL;
+}

@@ -1,0 +1,67 @@
+/*
+ * The low-latency part of a rank's window: fixed worst-case slots. Pure; shared with nvcc. docs/PROTOCOL-LL.md says who
+ * writes and who reads each part.
+ *
+ *   [ words | ids | rows | back ]
+ *
+ *   words  [ranks] lines, written by the peer
+ *   ids    [slots][ranks] blocks: a source's top-k ids (and weights) of all its tokens
+ *   rows   [slots][ranks][tokens_max] rows: a token's row has its own index, so nothing is counted before sending
+ *   back   [slots][tokens_max][topk_max] rows: expert outputs on their way home
+ */
+#ifndef EPX_PLAN_LL_H
+#define EPX_PLAN_LL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <epx/ll.h>
+
+#include "plan/routing.h"
+
+/* One line a peer. Each word is the number of the last call it is true for; it only grows. */
+typedef struct epx__ll_words {
+    uint64_t dispatched; /* `from` has put ids and rows of that call here */
+    uint64_t combined;   /* `from` has put its expert outputs of that call here */
+    uint64_t taken;      /* `from` has taken out what I dispatched to it in that call: credit */
+    uint64_t spare[5];
+} epx__ll_words_t;
+
+/* At the head of an ids block; then int32_t ids[tokens][topk], then float weights[tokens][topk] when flagged. */
+typedef struct epx__ll_block {
+    uint64_t number;
+    uint64_t shape; /* hash of hidden, topk, experts, format: the same on all ranks */
+    uint32_t tokens;
+    uint32_t weights; /* 1: weights follow */
+    uint64_t spare[5];
+} epx__ll_block_t;
+
+typedef struct epx__ll_layout {
+    uint32_t ranks, tokens_max, hidden_max, topk_max, slots;
+    size_t row_bytes;   /* of one row place, in rows and in back: a bf16 row; an fp8 row with its scales fits in it */
+    size_t block_bytes; /* of one ids block */
+    size_t words_offset, ids_offset, rows_offset, back_offset; /* from the window's start */
+    size_t total_bytes;                                        /* of this part */
+} epx__ll_layout_t;
+
+/* `at`: where the part begins in the window. tokens_max 0: nothing. EPX_E_INVALID in words when it does not fit 64
+ * bits. */
+epx_status_t epx__ll_layout_make(uint32_t ranks, uint32_t tokens_max, uint32_t hidden_max, uint32_t topk_max,
+                                 uint32_t slots, size_t at, epx__ll_layout_t *layout);
+
+EPX__INLINE size_t epx__ll_block_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t source)
+{
+    return l->ids_offset + (size_t)(slot * l->ranks + source) * l->block_bytes;
+}
+EPX__INLINE size_t epx__ll_row_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t source, uint32_t token)
+{
+    return l->rows_offset + ((size_t)(slot * l->ranks + source) * l->tokens_max + token) * l->row_bytes;
+}
+/* `place`: the index of the chosen expert among the token's top-k, or of the rank among the token's ranks. */
+EPX__INLINE size_t epx__ll_back_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t token, uint32_t place)
+{
+    return l->back_offset + ((size_t)(slot * l->tokens_max + token) * l->topk_max + place) * l->row_bytes;
+}
+
+#endif
