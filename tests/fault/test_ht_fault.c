@@ -359,8 +359,8 @@ static void body_killed(xt_rank_t *self)
     /* Timed: large rows, so that the rank dies in the middle of them. */
     if (!trip_open(self, &t, self->group, timed ? 64u << 10 : ROW, timed ? 24 : TOKENS))
         return;
-    if (self->rank == plan->victim && timed)
-        pthread_create(&thread, NULL, killer, self);
+    if (self->rank == plan->victim && timed && pthread_create(&thread, NULL, killer, self) == 0)
+        pthread_detach(thread);
     epx_status_t status = EPX_OK;
     for (int round = 0; round < 2000 && status == EPX_OK; round++) {
         for (int s = BEGIN; s < STAGES && status == EPX_OK; s++) {
