@@ -2,6 +2,7 @@
 #include "bootstrap/bootstrap.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -73,14 +74,11 @@ static void init_locks(epx__bootstrap_t *b)
     pthread_mutex_init(&b->listeners_lock, NULL);
 }
 
-/* NULL when memory or descriptors ran out (in words). */
-static epx__bootstrap_t *assemble(int rank, int ranks, uint64_t timeout_ms)
+static epx_status_t assemble(int rank, int ranks, uint64_t timeout_ms, epx__bootstrap_t **assembled)
 {
     epx__bootstrap_t *b = epx__calloc(1, sizeof(*b));
-    if (!b) {
-        epx__fail(EPX_E_NOMEM, "bootstrap: no memory for a group of %d ranks", ranks);
-        return NULL;
-    }
+    if (!b)
+        return epx__fail(EPX_E_NOMEM, "bootstrap: no memory for a group of %d ranks", ranks);
     b->rank = rank;
     b->ranks = ranks;
     b->timeout_ms = timeout_ms;
@@ -98,23 +96,44 @@ static epx__bootstrap_t *assemble(int rank, int ranks, uint64_t timeout_ms)
     if (made && b->links && rank == 0)
         made = (b->parts = epx__calloc(count, sizeof(*b->parts))) &&
                (b->reached = epx__calloc(count, sizeof(*b->reached)));
+    epx_status_t status = EPX_E_NOMEM;
     if (made && b->links) {
         errno = ENOMEM;
         b->wake_fd = epx__alloc_fault() ? -1 : eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         made = b->wake_fd >= 0;
+        status = made || errno == ENOMEM ? status : EPX_E_SYSTEM;
     }
-    if (made)
-        return b;
-    epx__fail(EPX_E_NOMEM, "bootstrap: no memory for a group of %d ranks", ranks);
+    if (made) {
+        *assembled = b;
+        return EPX_OK;
+    }
+    status = status == EPX_E_NOMEM
+                 ? epx__fail(status, "bootstrap: no memory for a group of %d ranks", ranks)
+                 : epx__fail(status, "bootstrap: no descriptor to be had for its thread: %s", strerror(errno));
     dismantle(b);
-    return NULL;
+    return status;
 }
 
-/* The watcher waits for the lock, which the caller holds until everything stands. */
+/* The caller's signals are not for this thread; only faults of its own reach it. */
+static int create_quiet_thread(epx__bootstrap_t *b)
+{
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS, SIGPROF};
+    sigset_t quiet, before;
+    sigfillset(&quiet);
+    for (size_t i = 0; i < sizeof(faults) / sizeof(faults[0]); i++)
+        sigdelset(&quiet, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &quiet, &before);
+    int error = pthread_create(&b->watcher, NULL, epx__watcher_main, b);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!error)
+        pthread_setname_np(b->watcher, "epx-bootstrap");
+    return error;
+}
+
 static epx_status_t start_watcher(epx__bootstrap_t *b)
 {
     b->watched = true;
-    int error = epx__alloc_fault() ? EAGAIN : pthread_create(&b->watcher, NULL, epx__watcher_main, b);
+    int error = epx__alloc_fault() ? EAGAIN : create_quiet_thread(b);
     if (!error)
         return EPX_OK;
     b->watched = false;
@@ -138,8 +157,9 @@ static void tell_joined(epx__bootstrap_t *b, epx_status_t status)
 
 static epx_status_t open_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t **opened)
 {
-    epx__bootstrap_t *b = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms);
-    epx_status_t status = epx__join_root(join, listener, b);
+    epx__bootstrap_t *b = NULL;
+    assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    epx_status_t status = epx__join_root(join, listener, b); /* without `b` too: it tells the others */
     epx__socket_close(listener);
     if (status == EPX_OK) {
         pthread_mutex_lock(&b->lock);
@@ -154,23 +174,28 @@ static epx_status_t open_root(const epx__join_t *join, epx__socket_t *listener, 
     return status;
 }
 
-/* Without memory a rank still comes to say so, for the others would wait for it. */
-static epx_status_t decline(const epx__join_t *join)
+/* A rank that cannot take part still comes to say so, for the others would wait for it. */
+static void decline(const epx__join_t *join, epx_status_t why)
 {
+    char words[EPX__DETAIL_BYTES];
     epx__join_t sorry = *join;
     epx__socket_t connected = {.open = false};
-    sorry.hello.failure = EPX_E_NOMEM;
+    snprintf(words, sizeof(words), "%s", epx__detail());
+    sorry.hello.failure = (uint32_t)why;
     epx__join_leaf(&sorry, &connected);
     epx__socket_close(&connected);
-    return epx__fail(EPX_E_NOMEM, "bootstrap: no memory for a group of %u ranks", join->hello.ranks);
+    epx__detail_set(words);
 }
 
 static epx_status_t open_leaf(const epx__join_t *join, epx__bootstrap_t **opened)
 {
-    epx__bootstrap_t *b = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms);
-    if (!b)
-        return decline(join);
-    epx_status_t status = epx__join_leaf(join, &b->link[0].socket);
+    epx__bootstrap_t *b = NULL;
+    epx_status_t status = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    if (status != EPX_OK) {
+        decline(join, status);
+        return status;
+    }
+    status = epx__join_leaf(join, &b->link[0].socket);
     if (status == EPX_OK)
         status = start_watcher(b);
     if (status == EPX_OK)
@@ -215,8 +240,7 @@ epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__boo
         status = join_all(config, &meeting, timeout_ms, &opened);
     } else {
         epx__socket_close(&meeting.listener); /* of an id made for one */
-        opened = assemble(0, 1, timeout_ms);
-        status = opened ? EPX_OK : EPX_E_NOMEM;
+        status = assemble(0, 1, timeout_ms, &opened);
     }
     if (status == EPX_OK)
         *bootstrap = opened;
