@@ -1,4 +1,4 @@
-"""The C ABI of include/epx/epx.h: structures, functions, and where the shared library is.
+"""The C ABI of include/epx/epx.h and ll.h: structures, functions, and where the shared library is.
 
 The library is loaded by the first call that needs it, never by the import. tests/python/test_abi.py compares every
 structure here with the C compiler's.
@@ -49,7 +49,8 @@ class BufferConfig(_Sized):
     _fields_ = [("size", c_size_t), ("lease_bytes", c_size_t), ("reserve_bytes", c_size_t), ("tokens_max", c_uint32),
                 ("topk_max", c_uint32), ("experts_max", c_uint32), ("handles_max", c_uint32),
                 ("leases_max", c_uint32), ("expert_rank", POINTER(c_int32)), ("experts", c_uint32), ("sms", c_int),
-                ("timeout_ms", c_uint64)]
+                ("timeout_ms", c_uint64), ("ll_tokens_max", c_uint32), ("ll_hidden_max", c_uint32),
+                ("ll_slots", c_uint32), ("ll_zero_copy", c_int), ("ll_mask_on_timeout", c_int)]
 
 
 class Layout(_Sized):
@@ -108,12 +109,36 @@ class Traffic(_Sized):
                 ("net_puts", c_uint64)]
 
 
+class LlDispatch(_Sized):
+    _fields_ = [("size", c_size_t), ("x", c_void_p), ("tokens", c_uint32), ("hidden", c_uint32),
+                ("topk_idx", c_void_p), ("topk_idx_bits", c_int), ("topk", c_uint32), ("experts", c_uint32),
+                ("topk_weights", c_void_p), ("format", c_int), ("round_scale", c_int), ("ue8m0", c_int),
+                ("order", c_int), ("recv_x", c_void_p), ("recv_scales", c_void_p), ("recv_count", c_void_p),
+                ("src_info", c_void_p), ("layout_range", c_void_p), ("recv_topk_idx", c_void_p),
+                ("recv_topk_weights", c_void_p), ("expert_stats", c_void_p), ("wait_ns", c_void_p), ("sms", c_int),
+                ("timeout_ms", c_uint64)]
+
+
+class LlCombine(_Sized):
+    _fields_ = [("size", c_size_t), ("x", c_void_p), ("pre_reduced", c_int), ("topk_idx", c_void_p),
+                ("topk_weights", c_void_p), ("out", c_void_p), ("weight_left", c_void_p), ("wait_ns", c_void_p),
+                ("sms", c_int), ("timeout_ms", c_uint64)]
+
+
+class LlPlan(_Sized):
+    _fields_ = [("size", c_size_t), ("ranks", c_uint32), ("tokens_max", c_uint32), ("hidden", c_uint32),
+                ("topk", c_uint32), ("experts", c_uint32), ("slots", c_uint32), ("dispatch_bytes", c_uint64),
+                ("combine_bytes", c_uint64), ("ids_bytes", c_uint64), ("words_bytes", c_uint64),
+                ("window_bytes", c_uint64), ("zero_copy_bytes", c_uint64)]
+
+
 # C name of each structure, for the test.
 STRUCTURES = {"epx_unique_id_t": UniqueId, "epx_group_config_t": GroupConfig, "epx_group_info_t": GroupInfo,
               "epx_buffer_config_t": BufferConfig, "epx_layout_t": Layout, "epx_rows_t": Rows,
               "epx_dispatch_t": Dispatch, "epx_place_t": Place, "epx_received_t": Received, "epx_counts_t": Counts,
               "epx_handle_tables_t": HandleTables, "epx_combine_t": Combine, "epx_env_entry_t": EnvEntry,
-              "epx_traffic_t": Traffic}
+              "epx_traffic_t": Traffic, "epx_ll_dispatch_t": LlDispatch, "epx_ll_combine_t": LlCombine,
+              "epx_ll_plan_t": LlPlan}
 
 # name: arguments. All return epx_status_t, except those below.
 _FUNCTIONS = {
@@ -138,6 +163,20 @@ _FUNCTIONS = {
     "epx_env_get": [c_uint32, POINTER(EnvEntry)],
     "epx_buffer_get_traffic": [c_void_p, POINTER(Traffic)],
 }
+# Low latency (ll.h): a library without it serves all the rest.
+_LL_FUNCTIONS = {
+    "epx_ll_dispatch": [c_void_p, POINTER(LlDispatch), c_void_p, POINTER(c_void_p)],
+    "epx_ll_dispatch_send": [c_void_p, POINTER(LlDispatch), c_void_p, POINTER(c_void_p)],
+    "epx_ll_dispatch_recv": [c_void_p, c_void_p],
+    "epx_ll_combine": [c_void_p, POINTER(LlCombine), c_void_p],
+    "epx_ll_combine_send": [c_void_p, POINTER(LlCombine), c_void_p],
+    "epx_ll_combine_recv": [c_void_p, c_void_p],
+    "epx_ll_mask_set": [c_void_p, c_int, c_int, c_void_p],
+    "epx_ll_mask_get": [c_void_p, POINTER(c_int32)],
+    "epx_ll_mask_clear": [c_void_p, c_void_p],
+    "epx_ll_plan": [POINTER(LlPlan)],
+}
+_LL_RELEASE = "epx_ll_handle_release"
 _OTHERS = {
     "epx_version": (c_uint32, []),
     "epx_status_name": (c_char_p, [c_int]),
@@ -181,6 +220,13 @@ def library():
         for name, (result, arguments) in _OTHERS.items():
             function = getattr(lib, name)
             function.argtypes, function.restype = arguments, result
+        lib.has_ll = hasattr(lib, _LL_RELEASE)
+        if lib.has_ll:
+            for name, arguments in _LL_FUNCTIONS.items():
+                function = getattr(lib, name)
+                function.argtypes, function.restype = arguments, c_int
+            release = getattr(lib, _LL_RELEASE)
+            release.argtypes, release.restype = [c_void_p, c_void_p], None
         _library = lib
     return _library
 

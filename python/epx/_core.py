@@ -106,6 +106,8 @@ class Core:
             if kind == "lease":
                 self.leases -= 1
                 self.lib.epx_lease_release(self.buffer, value, stream)
+            elif kind == "ll_handle":
+                self.lib.epx_ll_handle_release(value, stream)
             else:
                 self.lib.epx_handle_release(value, stream)
 
@@ -159,18 +161,18 @@ class Lease:
 
 
 class CoreHandle:
-    """Holds one epx_handle_t: what a dispatch decided."""
+    """Holds one epx_handle_t (or epx_ll_handle_t): what a dispatch decided."""
 
-    __slots__ = ("core", "pointer", "stream", "tokens", "topk", "experts", "worst", "event", "__weakref__")
+    __slots__ = ("core", "pointer", "stream", "kind", "tokens", "topk", "experts", "worst", "event", "__weakref__")
 
-    def __init__(self, core, pointer, stream):
-        self.core, self.pointer, self.stream = core, pointer, stream
+    def __init__(self, core, pointer, stream, kind="handle"):
+        self.core, self.pointer, self.stream, self.kind = core, pointer, stream, kind
         self.tokens = self.topk = self.experts = self.worst = 0
         self.event = None
 
     def __del__(self):
         if self.pointer and self.core.buffer:
-            self.core.release("handle", self.pointer, self.stream)
+            self.core.release(self.kind, self.pointer, self.stream)
             self.pointer = None
 
 
@@ -221,19 +223,33 @@ def make_core(rank=0, ranks=0, allgather=None, unique_id=None, group_options=Non
     try:
         info = _abi.GroupInfo()
         check(lib.epx_group_get_info(group, byref(info)))
-        settings = _abi.BufferConfig()
-        experts = (buffer_options or {}).pop("expert_rank", None)
-        for name, value in (buffer_options or {}).items():
-            setattr(settings, name, value)
-        if experts is not None:
-            array = (ctypes.c_int32 * len(experts))(*experts)
-            settings.expert_rank, settings.experts = array, len(experts)
-            keep.append(array)
-        check(lib.epx_buffer_create(group, byref(settings), byref(buffer)))
+        check(lib.epx_buffer_create(group, byref(_buffer_config(buffer_options, keep)), byref(buffer)))
     except BaseException:
         lib.epx_group_destroy(group)
         raise
     return Core(group.value, buffer.value, info)
+
+
+def _buffer_config(options, keep):
+    """epx_buffer_config_t of `options`; `keep` must live as long as it."""
+    settings, options = _abi.BufferConfig(), dict(options or {})
+    experts = options.pop("expert_rank", None)
+    for name, value in options.items():
+        setattr(settings, name, value)
+    if experts is not None:
+        array = (ctypes.c_int32 * len(experts))(*experts)
+        settings.expert_rank, settings.experts = array, len(experts)
+        keep.append(array)
+    return settings
+
+
+def sibling(core, buffer_options):
+    """A Core with another buffer on the group of `core` (the C library counts who uses the group). Collective."""
+    buffer, info, keep = c_void_p(), _abi.GroupInfo(), []
+    with core:
+        core.check(core.lib.epx_group_get_info(core.group, byref(info)))
+        core.check(core.lib.epx_buffer_create(core.group, byref(_buffer_config(buffer_options, keep)), byref(buffer)))
+    return Core(None, buffer.value, info)
 
 
 _armed = None  # the process whose exit is taken care of

@@ -51,16 +51,18 @@ class Buffer(LowLatency):
 
     group               torch process group (NCCL or gloo), or None
     num_nvl_bytes       window bytes for received rows; 0: EPX_LEASE_BYTES (512 MiB)
-    num_rdma_bytes      kept, to be read back
+    num_rdma_bytes      with get_low_latency_rdma_size_hint's answer and low_latency_mode, the low-latency window is made
+                        now, of that shape; else by the first low-latency call
     low_latency_mode    kept, to be read back; all calls work either way
     comm                mpi4py communicator, with group=None
-    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, enable_shrink
-                        taken; epx finds its links by itself, and masks always work
+    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl
+                        taken; epx finds its links by itself
+    enable_shrink       a rank that misses a low-latency deadline is masked instead of being an error
     explicitly_destroy  kept, to be read back; a buffer is destroyed by destroy(), when it dies, or at exit
 
     Only by keyword, and not in deep_ep (0 or None is the default; docs/python.md says what they mean):
     backend ("cpu", "cuda"), device (GPU number), ranks_per_domain, net, threads, timeout_ms, lease_bytes, reserve_bytes,
-    tokens_max, topk_max, experts_max, handles_max, leases_max, expert_rank (the rank of each expert), and
+    tokens_max, topk_max, experts_max, handles_max, leases_max, expert_rank (the rank of each expert), ll_slots, and
     unique_id with rank and ranks (bytes from epx.unique_id()) where there is neither group nor comm.
 
     Collective. Raises epx.InvalidArgument before anything is made; epx.Timeout, epx.Mismatch and others from the
@@ -75,7 +77,7 @@ class Buffer(LowLatency):
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False,
                  enable_shrink=False, comm=None, *, backend=None, device=None, ranks_per_domain=0, net=None, threads=0,
                  timeout_ms=0, lease_bytes=0, reserve_bytes=0, tokens_max=0, topk_max=0, experts_max=0, handles_max=0,
-                 leases_max=0, expert_rank=None, unique_id=None, rank=0, ranks=0):
+                 leases_max=0, expert_rank=None, ll_slots=0, unique_id=None, rank=0, ranks=0):
         import torch
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes),
                             ("num_qps_per_rank", num_qps_per_rank)):
@@ -128,6 +130,8 @@ class Buffer(LowLatency):
         self._comm_stream = torch.cuda.Stream(self._device, priority=-1) if core.cuda else None
         self._scratch = None
         self.runtime = Runtime(self)
+        self._ll_start(dict(timeout_ms=timeout_ms, topk_max=topk_max, experts_max=experts_max, expert_rank=expert_rank,
+                            ll_slots=ll_slots, ll_mask_on_timeout=int(enable_shrink)))
 
     # -- life --
 
@@ -137,6 +141,8 @@ class Buffer(LowLatency):
         Received tensors that are still alive stay readable: the window then goes with the last of them.
         """
         self._scratch = None
+        if self._ll_core is not None:
+            self._ll_core.close()
         self._core.close()
 
     def status(self):

@@ -1,24 +1,91 @@
-"""The low-latency calls of Buffer."""
-from .errors import Unsupported, refuse
+"""The low-latency calls of Buffer, for decoding: few tokens, no host wait, graph capture.
+
+They run on a C buffer of their own, made for a shape (M tokens a rank, hidden H): at the Buffer's start when the
+program asked for the size of that shape (get_low_latency_rdma_size_hint), else by the first call, collectively.
+
+R ranks, L = E/R local experts, M tokens per rank at most, T tokens here, H hidden, k top-k.
+"""
+import weakref
+
+from . import _abi
+from ._abi import byref, c_void_p
+from ._core import CoreHandle, sibling
+from ._turn import Turn, pointer
+from .errors import InvalidArgument, Unsupported, refuse
+from .event import EventOverlap
+
+_hints = {}  # bytes -> (M, H, R, E) that get_low_latency_rdma_size_hint was asked
 
 
-def _missing():
-    raise Unsupported("the low-latency calls are not in this build of libepx.so (it has no epx_ll_dispatch); "
-                      "dispatch() and combine() work")
+class LowLatencyHandle(tuple):
+    """(src_info i32[L,R*M], layout_range i64[L,R] (begin << 32 | count), M, H, E), with the routing as ``core``."""
+
+    def __new__(cls, core, members):
+        self = tuple.__new__(cls, members)
+        self.core, self.combine_x = core, None
+        return self
+
+    def __reduce__(self):
+        raise InvalidArgument("handle: it belongs to this process and cannot be pickled")
+
+
+def _present():
+    if not _abi.library().has_ll:
+        raise Unsupported("the low-latency calls are not in this build of libepx.so (it has no epx_ll_dispatch); "
+                          "dispatch() and combine() work")
 
 
 class LowLatency:
     """Mixed into Buffer."""
 
+    _ll_core = None
+
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts):
-        """Bytes (int > 0) that the low-latency calls need: two slots of M tokens from every rank, rows and side data,
-        there and back. It does not grow with the number of experts."""
-        m, h, r = int(num_max_dispatch_tokens_per_rank), int(hidden), int(num_ranks)
-        if m < 1 or h < 1 or r < 1 or num_experts < 1:
+        """Bytes (int > 0) of the low-latency window for that shape. It does not grow with the number of experts."""
+        m, h, r, e = (int(n) for n in (num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts))
+        if min(m, h, r, e) < 1:
             refuse("num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts: each from 1")
-        row = 2 * h + 512
-        return (2 * 2 * m * r * row + (1 << 20) - 1) >> 20 << 20
+        size, lib = 0, _abi.library()
+        if lib.has_ll:
+            plan = _abi.LlPlan(ranks=r, tokens_max=m, hidden=h, topk=16, experts=e, slots=2)
+            _abi.check(lib.epx_ll_plan(byref(plan)))
+            size = plan.window_bytes
+        size = max(size, 1) if size else 2 * 2 * m * r * (2 * h + 512)
+        _hints[size] = (m, h, r, e)
+        return size
+
+    def _ll_start(self, options):
+        """At the Buffer's start: make the window now if all ranks know its shape."""
+        self._ll_options, self._ll_shape, self._ll_masks, self._ll_turn = options, (0, 0, 0, 0), {}, 0
+        self._ll_spare = {}
+        if not (self.low_latency_mode and _abi.library().has_ll):
+            return
+        shape = _hints.get(self.num_rdma_bytes, (0, 0, 0, 0))
+        answers = self._core.allgather(b"".join(n.to_bytes(8, "little") for n in shape))
+        if shape[0] and shape[2] == self.group_size and all(one == answers[0] for one in answers):
+            self._ll(shape[0], shape[1], shape[3], 0)
+
+    def _ll(self, m, h, e, k):
+        """The Core whose buffer serves that shape. Collective when it must be made."""
+        _present()
+        now = self._ll_shape
+        if self._ll_core is None or m > now[0] or h > now[1] or e > now[2] or k > now[3]:
+            old = self._ll_core
+            shape = (max(m, now[0]), max(h, now[1]), max(e, now[2], 1024, self._ll_options["experts_max"]),
+                     max(k, now[3], 16, self._ll_options["topk_max"]))
+            options = dict(self._ll_options, lease_bytes=1 << 16, reserve_bytes=1 << 16, tokens_max=64, handles_max=1,
+                           leases_max=1, ll_tokens_max=shape[0], ll_hidden_max=shape[1], experts_max=shape[2],
+                           topk_max=shape[3])
+            self._ll_core = core = sibling(self._core, options)
+            self._ll_shape = shape
+            weakref.finalize(self, core.close)
+            for rank, mask in self._ll_masks.items():
+                with core:
+                    core.check(core.lib.epx_ll_mask_set(core.buffer, rank, mask, self._current()))
+            if old is not None:
+                old.close()
+        return self._ll_core
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """There is nothing to clean: counters only grow and slots are reused once consumed."""
@@ -26,26 +93,211 @@ class LowLatency:
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True,
                              round_scale=False, use_ue8m0=False, async_finish=False, return_recv_hook=False):
-        """Raises Unsupported in this build."""
-        _missing()
+        """Send tokens to their experts, expert-major. Collective; no host wait.
+
+        x          bf16 [T,H], T at most M; topk_idx int64 or int32 [T,k], -1 is nobody
+        cumulative_local_expert_recv_stats   int32 [L], received rows are added to it
+        dispatch_wait_recv_cost_stats        int64 [R], nanoseconds waited for each rank are added
+        use_fp8    e4m3 with a scale per 128 elements (H a multiple of 128); round_scale: powers of two; use_ue8m0: packed
+                   exponents, four to an int32 (H a multiple of 512)
+        Returns    recv_x [L,R*M,H] bf16, or (e4m3, scales fp32 [L,R*M,H/128] or int32 [L,R*M,H/512], the row fastest),
+                   recv_count int32 [L], handle, event, hook. With return_recv_hook rows arrive when hook() is called;
+                   else hook is None. Rows past the counts are not written.
+        Raises     InvalidArgument, Busy (every slot owned by a handle not yet combined), Unsupported, Timeout, PeerFailure
+        """
+        import torch
+
+        from . import _tensor
+        _present()
+        device, m, e, r = self._device, int(num_max_dispatch_tokens_per_rank), int(num_experts), self.group_size
+        _tensor.check("x", x, device, dims=(2,), dtypes=(torch.bfloat16,))
+        tokens, hidden = x.shape
+        _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, None))
+        if not 0 < m or tokens > m:
+            refuse("num_max_dispatch_tokens_per_rank: %d; x has %d tokens" % (m, tokens))
+        if e < 1 or e % r:
+            refuse("num_experts: %d; it must be a multiple of the %d ranks" % (e, r))
+        self._ll_exclusive(async_finish, return_recv_hook)
+        if use_fp8 and hidden % (512 if use_ue8m0 else 128):
+            refuse("x: hidden %d; fp8 needs a multiple of %d" % (hidden, 512 if use_ue8m0 else 128))
+        local = e // r
+        for name, stats, dtype, n in (("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats,
+                                       torch.int32, local),
+                                      ("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, torch.int64, r)):
+            if stats is not None:
+                _tensor.check(name, stats, device, dtypes=(dtype,), shape=(n,))
+        core = self._ll(m, hidden, e, topk_idx.shape[1])
+        # The window may serve a larger M than this call names: the outputs are the window's size, seen as this call's.
+        rows = r * self._ll_shape[0]
+
+        inputs = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        with Turn(self, None, async_finish, False, inputs, here=not async_finish, core=core) as turn:
+            recv_x = torch.empty((local, rows, hidden), dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16,
+                                 device=device)
+            scales = None
+            if use_fp8:
+                scales = torch.empty((local, hidden // (512 if use_ue8m0 else 128), rows),
+                                     dtype=torch.int32 if use_ue8m0 else torch.float32, device=device)
+            count = torch.empty(local, dtype=torch.int32, device=device)
+            src_info = torch.empty((local, rows), dtype=torch.int32, device=device)
+            layout = torch.empty((local, r), dtype=torch.int64, device=device)
+            args = _abi.LlDispatch(
+                x=pointer(x), tokens=tokens, hidden=hidden, topk_idx=pointer(topk_idx),
+                topk_idx_bits=topk_idx.element_size() * 8, topk=topk_idx.shape[1], experts=e, format=int(bool(use_fp8)),
+                round_scale=int(bool(round_scale)), ue8m0=int(bool(use_ue8m0)), recv_x=pointer(recv_x),
+                recv_scales=pointer(scales), recv_count=pointer(count), src_info=pointer(src_info),
+                layout_range=pointer(layout), expert_stats=pointer(cumulative_local_expert_recv_stats),
+                wait_ns=pointer(dispatch_wait_recv_cost_stats))
+            made, call = c_void_p(), core.lib.epx_ll_dispatch
+            if return_recv_hook:
+                call = core.lib.epx_ll_dispatch_send
+            core.check(call(core.buffer, byref(args), turn.stream, byref(made)))
+            inner = CoreHandle(core, made.value, turn.owner_stream, "ll_handle")
+            inner.tokens, inner.topk, inner.experts = tokens, topk_idx.shape[1], e
+            turn.outputs(recv_x, scales, count, src_info, layout)
+        handle = LowLatencyHandle(inner, (src_info[:, :r * m], layout, m, hidden, e))
+        keep = inputs + (recv_x, scales, count, src_info, layout, args)
+        hook = None
+        if return_recv_hook:
+            hook = self._ll_hook(core, inner, core.lib.epx_ll_dispatch_recv, turn.stream, keep)
+        event = EventOverlap(turn.event.event, keep) if async_finish else turn.event
+        recv_x = recv_x[:, :r * m]
+        received = recv_x if scales is None else (recv_x, scales.transpose(1, 2)[:, :r * m])
+        return received, count, handle, event, hook
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False,
                             async_finish=False, return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None):
-        """Raises Unsupported in this build."""
-        _missing()
+        """Bring the experts' outputs back: the weighted sum in fp32, in top-k order. Collective; no host wait.
+
+        x             bf16 [L,R*M,H] in the order of recv_x (with zero_copy: get_next_low_latency_combine_buffer's tensor,
+                      already written)
+        topk_idx      of the dispatch; topk_weights fp32 [T,k]; handle of the dispatch
+        use_logfmt    taken; rows travel as bf16
+        out           bf16 [T,H] to write to, or None
+        combine_wait_recv_cost_stats   int64 [R], nanoseconds waited for each rank are added
+        Returns       out [T,H], event, hook (None without return_recv_hook)
+        """
+        import torch
+
+        from . import _tensor
+        _present()
+        device, r = self._device, self.group_size
+        if not isinstance(handle, LowLatencyHandle):
+            refuse("handle: %s; it must be what low_latency_dispatch() returned (its members alone do not do)" %
+                   type(handle).__name__)
+        inner, (_, _, m, hidden, e) = handle.core, handle
+        core = inner.core
+        if core is not self._ll_core:
+            refuse("handle: it was made by another buffer's dispatch, or before this buffer grew for a larger shape")
+        self._ll_exclusive(async_finish, return_recv_hook)
+        tokens, local = inner.tokens, e // r
+        _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, inner.topk))
+        _tensor.check("topk_weights", topk_weights, device, dtypes=(torch.float32,), shape=(tokens, inner.topk))
+        if zero_copy:
+            if handle.combine_x is None:
+                refuse("zero_copy: write to get_next_low_latency_combine_buffer(handle) first")
+            x = handle.combine_x
+        else:
+            _tensor.check("x", x, device, dtypes=(torch.bfloat16,), shape=(local, r * m, hidden), packed=False)
+            x = self._ll_whole(x, local, r, hidden)
+        if out is not None:
+            _tensor.check("out", out, device, dtypes=(torch.bfloat16,), shape=(tokens, hidden))
+        if combine_wait_recv_cost_stats is not None:
+            _tensor.check("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, device, dtypes=(torch.int64,),
+                          shape=(r,))
+        inputs = (x, topk_idx, topk_weights, combine_wait_recv_cost_stats)
+        with Turn(self, None, async_finish, False, inputs, here=not async_finish, core=core) as turn:
+            if out is None:
+                out = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
+            args = _abi.LlCombine(x=pointer(x), topk_idx=pointer(topk_idx), topk_weights=pointer(topk_weights),
+                                  out=pointer(out), wait_ns=pointer(combine_wait_recv_cost_stats))
+            call = core.lib.epx_ll_combine_send if return_recv_hook else core.lib.epx_ll_combine
+            core.check(call(inner.pointer, byref(args), turn.stream))
+            turn.outputs(out)
+        keep, hook = inputs + (out, args, handle), None
+        if return_recv_hook:
+            hook = self._ll_hook(core, inner, core.lib.epx_ll_combine_recv, turn.stream, keep)
+        event = EventOverlap(turn.event.event, keep) if async_finish else turn.event
+        return out, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):
-        """Raises Unsupported in this build."""
-        _missing()
+        """bf16 [L,R*M,H]: write the experts' outputs there, then combine with zero_copy. Reused two handles later."""
+        import torch
+        _present()
+        if not isinstance(handle, LowLatencyHandle):
+            refuse("handle: %s; it must be what low_latency_dispatch() returned" % type(handle).__name__)
+        if handle.combine_x is None:
+            shape = (handle[4] // self.group_size, self.group_size * self._ll_shape[0], handle[3])
+            spare = self._ll_spare.setdefault(shape, [])
+            slots = max(2, self._ll_options["ll_slots"])
+            if len(spare) < slots:
+                spare.append(torch.zeros(shape, dtype=torch.bfloat16, device=self._device))
+            self._ll_turn += 1
+            handle.combine_x = spare[self._ll_turn % len(spare)]
+        return handle.combine_x[:, :self.group_size * handle[2]]
+
+    # -- masks --
 
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
-        """Raises Unsupported in this build."""
-        _missing()
+        """From now on that rank is neither sent to nor waited for (mask), or is again. Local to this rank."""
+        if not 0 <= rank_to_mask < self.group_size:
+            refuse("rank_to_mask: %r; there are %d ranks" % (rank_to_mask, self.group_size))
+        _present()
+        self._ll_masks[rank_to_mask] = int(bool(mask))
+        core = self._ll_core
+        if core is not None:
+            with core:
+                core.check(core.lib.epx_ll_mask_set(core.buffer, rank_to_mask, int(bool(mask)), self._current()))
 
     def low_latency_query_mask_buffer(self, mask_status):
-        """Raises Unsupported in this build."""
-        _missing()
+        """Write int32 [R] to `mask_status`: 1 is masked."""
+        import torch
+
+        from . import _tensor
+        _present()
+        _tensor.check("mask_status", mask_status, self._device, dtypes=(torch.int32,), shape=(self.group_size,))
+        masks = (_abi.c_int32 * self.group_size)(*[self._ll_masks.get(i, 0) for i in range(self.group_size)])
+        core = self._ll_core
+        if core is not None:
+            with core:
+                core.check(core.lib.epx_ll_mask_get(core.buffer, masks))
+        mask_status.copy_(torch.tensor(list(masks), dtype=torch.int32))
 
     def low_latency_clean_mask_buffer(self):
-        """Raises Unsupported in this build."""
-        _missing()
+        """No rank is masked."""
+        _present()
+        self._ll_masks.clear()
+        core = self._ll_core
+        if core is not None:
+            with core:
+                core.check(core.lib.epx_ll_mask_clear(core.buffer, self._current()))
+
+    # -- small things --
+
+    @staticmethod
+    def _ll_exclusive(async_finish, return_recv_hook):
+        if async_finish and return_recv_hook:
+            refuse("async_finish and return_recv_hook: not both")
+
+    def _ll_whole(self, x, local, r, hidden):
+        """x [L,R*m,H] as the window's [L,R*M,H]: itself when it is recv_x or m is M, else a copy with room."""
+        rows = r * self._ll_shape[0]
+        if x.shape[1] == rows:
+            return x.contiguous()
+        if x.stride() == (rows * hidden, hidden, 1):
+            return x
+        whole = x.new_empty((local, rows, hidden))
+        whole[:, :x.shape[1]] = x
+        return whole
+
+    @staticmethod
+    def _ll_hook(core, inner, call, stream, keep):
+        """The deferred receive: a function to be called once; `keep` is what the C library has borrowed."""
+        todo = [keep]
+
+        def hook():
+            if todo:
+                with core:
+                    core.check(call(inner.pointer, stream))
+                todo.clear()
+        return hook

@@ -22,7 +22,7 @@ def test_structures(tmp_path):
         for field, _ in kind._fields_:
             lines.append('printf("%s.%s %%zu\\n", offsetof(%s, %s));' % (name, field, name, field))
     source = tmp_path / "sizes.c"
-    source.write_text("#include <stdio.h>\n#include <epx/epx.h>\nint main(void) {\n%s\nreturn 0; }\n" % "\n".join(lines))
+    source.write_text("#include <stdio.h>\n#include <epx/ll.h>\nint main(void) {\n%s\nreturn 0; }\n" % "\n".join(lines))
     program = tmp_path / "sizes"
     subprocess.run([CC, "-I", os.path.join(ROOT, "include"), str(source), "-o", str(program)], check=True)
     seen = dict(line.split() for line in subprocess.check_output([str(program)], text=True).splitlines())
@@ -34,7 +34,7 @@ def test_structures(tmp_path):
 
 def test_no_member_is_missing():
     """Every member of every structure in the header has its field here (sizes alone could hide one in padding)."""
-    text = open(os.path.join(ROOT, "include", "epx", "epx.h")).read()
+    text = "".join(open(os.path.join(ROOT, "include", "epx", name)).read() for name in ("epx.h", "ll.h"))
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     for name, kind in _abi.STRUCTURES.items():
         body = re.search(r"typedef struct \w+ \{([^}]*)\} %s;" % name, text).group(1)

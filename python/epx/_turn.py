@@ -1,0 +1,83 @@
+"""One call's place among the streams, and addresses of tensors."""
+from .errors import refuse
+from .event import EventHandle, EventOverlap
+
+
+class Turn:
+    """One call's stream handling, under the buffer's lock.
+
+    On a GPU the call runs on the communication stream, after `previous_event` or what the current stream holds now.
+    Afterwards the current stream waits for it, or (async_finish) an event is returned. On CPU there is nothing to order.
+
+    here   run on the current stream itself (a synchronous call for which a second stream would only cost time)
+    core   another core of the same buffer
+    """
+
+    def __init__(self, buffer, previous_event, async_finish, allocate_on_comm_stream, inputs, here=False, core=None):
+        if previous_event is not None and not hasattr(previous_event, "current_stream_wait"):
+            refuse("previous_event: %s; it must be an EventOverlap" % type(previous_event).__name__)
+        self.previous = getattr(previous_event, "event", None)
+        if allocate_on_comm_stream and not (previous_event is not None and async_finish):
+            refuse("allocate_on_comm_stream: it needs previous_event and async_finish")
+        self.core, self.asynchronous, self.on_comm = core or buffer._core, async_finish, allocate_on_comm_stream
+        self.comm, self.device, self.here = buffer._comm_stream, buffer._device, here
+        self.inputs, self.stream, self.owner_stream, self.current = inputs, None, None, None
+        self.event = None
+
+    def __enter__(self):
+        self.core.__enter__()
+        if self.comm is not None:
+            import torch
+            self.current = torch.cuda.current_stream(self.device)
+            if self.here:
+                self.stream = self.owner_stream = self.current.cuda_stream
+                return self
+            self.stream = self.comm.cuda_stream
+            # Leases and handles go back in the order of the stream whose owner drops them.
+            self.owner_stream = self.stream if self.on_comm else self.current.cuda_stream
+            if self.previous is not None:
+                self.comm.wait_event(self.previous.event)
+            else:
+                self.comm.wait_stream(self.current)
+        return self
+
+    def allocate(self, make):
+        """Call `make` with the stream current that the tensors shall belong to."""
+        if self.comm is None or not self.on_comm:
+            return make()
+        import torch
+        with torch.cuda.stream(self.comm):
+            return make()
+
+    def outputs(self, *tensors):
+        """What the call made: with an asynchronous end it is in use on both streams."""
+        self.made = tensors
+
+    def __exit__(self, kind, _value, _trace):
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self.core.__exit__()
+
+    def _finish(self):
+        if self.comm is None:
+            self.event = EventOverlap(EventHandle() if self.asynchronous else None)
+            return
+        if self.asynchronous:
+            self.event = EventOverlap(EventHandle(self.comm))
+            for tensor in self.inputs + tuple(self.made):
+                if tensor is not None:
+                    tensor.record_stream(self.comm)
+                    if self.on_comm:
+                        tensor.record_stream(self.current)
+        else:
+            self.event = EventOverlap(None)
+            if not self.here:
+                self.current.wait_stream(self.comm)
+
+
+def pointer(tensor):
+    """Address of a tensor, None for None. An empty tensor has address 0, but "given, and empty" is not "not given"
+    to the C library (the ranks must agree on it): it gets an address that nobody follows."""
+    return (tensor.data_ptr() or 16) if tensor is not None else None
