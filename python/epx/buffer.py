@@ -370,7 +370,7 @@ class Buffer(LowLatency):
             recv = self._receive(turn, inner, count, x, scales, None, 0, False, lambda place, got:
                                  core.lib.epx_dispatch_again(inner.pointer, byref(rows), place, turn.stream, got))
             turn.outputs(*recv)
-        return (recv[0] if scales is None else recv[:2], None, None, None, None, turn.event)
+        return (recv[0] if scales is None else tuple(recv[:2]), None, None, None, None, turn.event)
 
     def _receive(self, turn, inner, rows, x, scales, ids, topk, weights, call):
         """Rows into a lease, or, where the window has no room, into ordinary tensors."""
