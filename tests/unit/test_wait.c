@@ -187,7 +187,7 @@ static void test_idle(uint32_t spins)
     double share = (double)(thread_cpu_ns() - cpu) / (double)(epx__now_ns() - start);
     printf("idle, spins %u: %.2f %% of a core, %llu pauses\n", spins, 100 * share, (unsigned long long)pauses);
     CHECK(share < 0.02, "an idle waiter takes %.1f %% of a core", 100 * share);
-    CHECK(pauses > spins + 20, "sleeps are longer than 20 ms: %llu pauses", (unsigned long long)pauses);
+    CHECK(pauses > spins + 12, "sleeps are much longer than 20 ms: %llu pauses", (unsigned long long)pauses);
     CHECK(bell.sleepers == 0, "a sleeper was left counted");
 }
 
