@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef enum order { WHOLE, ENDS_SWAPPED, ENDS_IN_ORDER, AGAIN, MANY_COMBINES, TWO_BUFFERS } order_t;
+typedef enum order { WHOLE, ENDS_SWAPPED, ENDS_IN_ORDER, AGAIN, MANY_COMBINES, TWO_BUFFERS, TWO_GROUPS } order_t;
 
 typedef struct ht_case {
     const char *name;
@@ -33,56 +33,112 @@ typedef struct ht_case {
     enum xt_routing routing;
 } ht_case_t;
 
-/* clang-format off */
+/* One case a line. Columns as in ht_case_t: name, ranks, processes, iterations, tokens, top-k, experts,
+ * id bits, format, row bytes, side elements and bytes of each, alignment, weights, map, worst case, place, from, lease
+ * bytes, reserve bytes, order, threads, tokens' kind, routing's kind. */
 static const ht_case_t cases[] = {
     /* every rank count */
-    {"one rank",            1, 0, 40, 20, 4, 8, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"two ranks",           2, 1, 60, 24, 4, 8, 64, XT_BF16, 128, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"two ranks, threads",  2, 0, 60, 24, 8, 16, 64, XT_BF16, 128, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
-    {"three ranks",         3, 1, 50, 16, 3, 9, 64, XT_FP32, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"four ranks",          4, 1, 50, 16, 4, 16, 64, XT_BF16, 256, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
+    {"one rank", 1, 0, 40, 20, 4, 8, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"two ranks", 2, 1, 60, 24, 4, 8, 64, XT_BF16, 128, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"two ranks, threads", 2, 0, 60, 24, 8, 16, 64, XT_BF16, 128, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
+    {"three ranks", 3, 1, 50, 16, 3, 9, 64, XT_FP32, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"four ranks", 4, 1, 50, 16, 4, 16, 64, XT_BF16, 256, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
     {"four ranks, threads", 4, 0, 50, 16, 4, 16, 32, XT_FP16, 256, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
-    {"five ranks",          5, 1, 40, 12, 5, 10, 32, XT_FP16, 80, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"eight ranks",         8, 1, 30, 12, 8, 32, 64, XT_BF16, 96, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"sixteen ranks",      16, 1, 16, 8, 8, 64, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"64 threads",         64, 0, 6, 4, 6, 128, 64, XT_BF16, 32, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"five ranks", 5, 1, 40, 12, 5, 10, 32, XT_FP16, 80, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"eight ranks", 8, 1, 30, 12, 8, 32, 64, XT_BF16, 96, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"sixteen ranks", 16, 1, 16, 8, 8, 64, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"64 threads", 64, 0, 6, 4, 6, 128, 64, XT_BF16, 32, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
     {"64 threads, 33 wide", 64, 0, 4, 3, 32, 64, 32, XT_BF16, 32, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
     /* formats and side data */
-    {"fp32, odd hidden",    4, 0, 30, 16, 4, 16, 64, XT_FP32, 16 * 13, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"bf16, hidden 7 * 8",  3, 0, 30, 16, 4, 9, 64, XT_BF16, 112, 2, 8, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"fp8 and scales",      4, 1, 30, 16, 4, 16, 64, XT_BYTES, 384, 3, 4, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"least rows",          4, 0, 30, 30, 2, 16, 64, XT_BYTES, 16, 4, 1, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"opaque, side of 2s",  2, 0, 30, 30, 2, 16, 32, XT_BYTES, 48, 6, 2, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
-    {"large rows",          2, 1, 4, 128, 8, 32, 64, XT_BF16, 14336, 56, 4, 1, 1, 0, 0, 0, 0, 16u << 20, 0, WHOLE, 1, 0, 0},
+    {"fp32, odd hidden", 4, 0, 30, 16, 4, 16, 64, XT_FP32, 16 * 13, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"bf16, hidden 7 * 8", 3, 0, 30, 16, 4, 9, 64, XT_BF16, 112, 2, 8, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"fp8 and scales", 4, 1, 30, 16, 4, 16, 64, XT_BYTES, 384, 3, 4, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"least rows", 4, 0, 30, 30, 2, 16, 64, XT_BYTES, 16, 4, 1, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"opaque, side of 2s", 2, 0, 30, 30, 2, 16, 32, XT_BYTES, 48, 6, 2, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 2, 0, 0},
+    {"large rows", 2, 1, 4, 128, 8, 32, 64, XT_BF16, 14336, 56, 4, 1, 1, 0, 0, 0, 0, 16u << 20, 0, WHOLE, 1, 0, 0},
     /* top-k, maps, masks, alignment */
-    {"top-1",               4, 0, 30, 20, 1, 8, 64, XT_BF16, 64, 0, 0, 4, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"top-32",              4, 0, 20, 12, 32, 64, 64, XT_BF16, 64, 0, 0, 8, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"map of 7 experts",    4, 0, 30, 16, 3, 7, 64, XT_BF16, 64, 0, 0, 16, 1, 1, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"map of 2 experts",    3, 1, 30, 16, 2, 2, 32, XT_FP32, 64, 1, 4, 1, 0, 1, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"mask",                4, 0, 30, 16, 0, 0, 64, XT_BF16, 64, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"mask, processes",     5, 1, 30, 16, 0, 0, 64, XT_FP32, 64, 2, 4, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"one expert for all",  4, 0, 20, 16, 4, 16, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, XT_TOKENS_FULL, XT_ROUTE_ONE_RANK},
+    {"top-1", 4, 0, 30, 20, 1, 8, 64, XT_BF16, 64, 0, 0, 4, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"top-32", 4, 0, 20, 12, 32, 64, 64, XT_BF16, 64, 0, 0, 8, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"map of 7 experts", 4, 0, 30, 16, 3, 7, 64, XT_BF16, 64, 0, 0, 16, 1, 1, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"map of 2 experts", 3, 1, 30, 16, 2, 2, 32, XT_FP32, 64, 1, 4, 1, 0, 1, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"mask", 4, 0, 30, 16, 0, 0, 64, XT_BF16, 64, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"mask, processes", 5, 1, 30, 16, 0, 0, 64, XT_FP32, 64, 2, 4, 1, 0, 0, 0, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"one expert for all", 4, 0, 20, 16, 4, 16, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, WHOLE, 1, XT_TOKENS_FULL,
+     XT_ROUTE_ONE_RANK},
     /* worst case */
-    {"worst case",          4, 0, 30, 16, 4, 16, 64, XT_BF16, 64, 3, 4, 1, 1, 0, 1, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"worst case, mask",    3, 1, 30, 16, 0, 0, 64, XT_BF16, 64, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, WHOLE, 1, 0, 0},
-    {"worst case, own",     4, 1, 30, 16, 4, 16, 32, XT_FP16, 64, 1, 8, 4, 1, 0, 1, XT_PLACE_OWN, 0, 4096, 64u << 10, WHOLE, 1, 0, 0},
+    {"worst case", 4, 0, 30, 16, 4, 16, 64, XT_BF16, 64, 3, 4, 1, 1, 0, 1, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"worst case, mask", 3, 1, 30, 16, 0, 0, 64, XT_BF16, 64, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, WHOLE, 1, 0, 0},
+    {"worst case, own", 4, 1,    30,        16,    4, 16, 32, XT_FP16, 64, 1, 8, 4, 1, 0, 1,
+     XT_PLACE_OWN,      0, 4096, 64u << 10, WHOLE, 1, 0,  0},
     /* rounds: no lease fits, and the reserve holds few rows */
-    {"rounds, own",         4, 1, 25, 40, 4, 16, 64, XT_BF16, 512, 4, 4, 1, 1, 0, 0, XT_PLACE_OWN, XT_FROM_ANYWHERE, 4096, 24u << 10, WHOLE, 1, 0, 0},
-    {"rounds, threads",     4, 0, 25, 40, 4, 16, 32, XT_FP16, 512, 4, 4, 1, 1, 0, 0, XT_PLACE_OWN, XT_FROM_ANYWHERE, 4096, 24u << 10, WHOLE, 2, 0, 0},
-    {"rounds, leases busy", 3, 0, 25, 40, 4, 12, 64, XT_BF16, 256, 0, 0, 1, 1, 0, 0, 0, 0, 16u << 10, 24u << 10, WHOLE, 1, 0, 0},
-    {"rounds, 16 ranks",   16, 1, 8, 16, 8, 32, 64, XT_BF16, 256, 0, 0, 1, 1, 0, 0, XT_PLACE_OWN, XT_FROM_ANYWHERE, 4096, 96u << 10, WHOLE, 1, 0, 0},
+    {"rounds, own",    4,    1,         25,    40, 4, 16, 64, XT_BF16, 512, 4, 4, 1, 1, 0, 0, XT_PLACE_OWN,
+     XT_FROM_ANYWHERE, 4096, 24u << 10, WHOLE, 1,  0, 0},
+    {"rounds, threads", 4,    0,         25,    40, 4, 16, 32, XT_FP16, 512, 4, 4, 1, 1, 0, 0, XT_PLACE_OWN,
+     XT_FROM_ANYWHERE,  4096, 24u << 10, WHOLE, 2,  0, 0},
+    {"rounds, leases busy",
+     3,
+     0,
+     25,
+     40,
+     4,
+     12,
+     64,
+     XT_BF16,
+     256,
+     0,
+     0,
+     1,
+     1,
+     0,
+     0,
+     0,
+     0,
+     16u << 10,
+     24u << 10,
+     WHOLE,
+     1,
+     0,
+     0},
+    {"rounds, 16 ranks", 16,   1,         8,     16, 8, 32, 64, XT_BF16, 256, 0, 0, 1, 1, 0, 0, XT_PLACE_OWN,
+     XT_FROM_ANYWHERE,   4096, 96u << 10, WHOLE, 1,  0, 0},
     /* cached dispatch, several combines, halves in other orders, several buffers */
-    {"again",               4, 1, 25, 16, 4, 16, 64, XT_BF16, 128, 2, 4, 1, 1, 0, 0, 0, 0, 0, 0, AGAIN, 1, 0, 0},
-    {"again, threads",      4, 0, 25, 16, 4, 16, 64, XT_FP32, 128, 2, 4, 1, 1, 0, 0, 0, 0, 64u << 10, 48u << 10, AGAIN, 2, 0, 0},
-    {"again, worst case",   3, 0, 25, 16, 4, 9, 32, XT_FP16, 128, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, AGAIN, 1, 0, 0},
-    {"many combines",       4, 0, 20, 16, 4, 16, 64, XT_BF16, 128, 0, 0, 1, 1, 0, 0, 0, 0, 0, 64u << 10, MANY_COMBINES, 1, 0, 0},
-    {"ends in order",       4, 1, 20, 12, 4, 16, 64, XT_BF16, 64, 1, 4, 1, 1, 0, 0, 0, 0, 0, 0, ENDS_IN_ORDER, 1, 0, 0},
-    {"ends swapped",        4, 1, 20, 12, 4, 16, 64, XT_BF16, 64, 1, 4, 1, 1, 0, 0, 0, 0, 0, 0, ENDS_SWAPPED, 1, 0, 0},
-    {"ends swapped, rounds", 3, 0, 20, 24, 4, 12, 64, XT_FP32, 256, 0, 0, 1, 1, 0, 0, 0, 0, 8192, 24u << 10, ENDS_SWAPPED, 1, 0, 0},
-    {"two buffers",         4, 0, 20, 12, 4, 16, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, TWO_BUFFERS, 1, 0, 0},
-    {"two buffers, processes", 3, 1, 20, 12, 4, 12, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, TWO_BUFFERS, 1, 0, 0},
+    {"again", 4, 1, 25, 16, 4, 16, 64, XT_BF16, 128, 2, 4, 1, 1, 0, 0, 0, 0, 0, 0, AGAIN, 1, 0, 0},
+    {"again, threads", 4,         0,     25, 16, 4, 16, 64, XT_FP32, 128, 2, 4, 1, 1, 0, 0, 0, 0,
+     64u << 10,        48u << 10, AGAIN, 2,  0,  0},
+    {"again, worst case", 3, 0, 25, 16, 4, 9, 32, XT_FP16, 128, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, AGAIN, 1, 0, 0},
+    {"many combines", 4, 0, 20, 16, 4, 16, 64, XT_BF16, 128, 0, 0, 1, 1, 0, 0, 0, 0, 0, 64u << 10,
+     MANY_COMBINES,   1, 0, 0},
+    {"ends in order", 4, 1, 20, 12, 4, 16, 64, XT_BF16, 64, 1, 4, 1, 1, 0, 0, 0, 0, 0, 0, ENDS_IN_ORDER, 1, 0, 0},
+    {"ends swapped", 4, 1, 20, 12, 4, 16, 64, XT_BF16, 64, 1, 4, 1, 1, 0, 0, 0, 0, 0, 0, ENDS_SWAPPED, 1, 0, 0},
+    {"ends swapped, rounds", 3, 0, 20, 24, 4, 12, 64, XT_FP32, 256, 0, 0, 1, 1, 0, 0, 0, 0, 8192, 24u << 10,
+     ENDS_SWAPPED,           1, 0, 0},
+    {"two buffers", 4, 0, 20, 12, 4, 16, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, TWO_BUFFERS, 1, 0, 0},
+    {"two buffers, processes",
+     3,
+     1,
+     20,
+     12,
+     4,
+     12,
+     64,
+     XT_BF16,
+     64,
+     0,
+     0,
+     1,
+     1,
+     0,
+     0,
+     0,
+     0,
+     0,
+     0,
+     TWO_BUFFERS,
+     1,
+     0,
+     0},
+    {"two groups", 3, 1, 20, 12, 4, 12, 64, XT_BF16, 64, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, TWO_GROUPS, 1, 0, 0},
 };
-/* clang-format on */
 
 typedef struct context {
     const ht_case_t *c;
@@ -188,7 +244,7 @@ static bool run_two(xt_rank_t *self, epx_buffer_t *one, epx_buffer_t *two, const
     return good && xt_step_whole(self, op / 2 % 2 ? one : two, &sa, c->worst_case, c->place, c->from);
 }
 
-static bool make_buffer(xt_rank_t *self, const context_t *x, epx_buffer_t **buffer)
+static bool make_buffer(xt_rank_t *self, const context_t *x, epx_group_t *group, epx_buffer_t **buffer)
 {
     const ht_case_t *c = x->c;
     epx_buffer_config_t config = {.size = sizeof config, .lease_bytes = c->lease_bytes ? c->lease_bytes : 4u << 20};
@@ -200,7 +256,7 @@ static bool make_buffer(xt_rank_t *self, const context_t *x, epx_buffer_t **buff
     config.leases_max = 8;
     config.expert_rank = c->map ? x->map : NULL;
     config.experts = c->map ? c->experts : 0;
-    return XT_OK(self, epx_buffer_create(self->group, &config, buffer));
+    return XT_OK(self, epx_buffer_create(group, &config, buffer));
 }
 
 static void body(xt_rank_t *self)
@@ -208,9 +264,14 @@ static void body(xt_rank_t *self)
     const context_t *x = self->context;
     const ht_case_t *c = x->c;
     epx_buffer_t *buffer = NULL, *second = NULL;
+    epx_group_t *group = NULL;                           /* a second one, side by side with the first */
     self->delay_ns_max = self->ranks <= 16 ? 200000 : 0; /* ranks apart in time, now and then */
     self->delay_one_in = 20;
-    bool good = make_buffer(self, x, &buffer) && (c->order != TWO_BUFFERS || make_buffer(self, x, &second));
+    bool good = make_buffer(self, x, self->group, &buffer);
+    if (good && c->order == TWO_GROUPS)
+        good = XT_OK(self, xt_group(self, 1, NULL, &group));
+    if (good && (c->order == TWO_BUFFERS || c->order == TWO_GROUPS))
+        good = make_buffer(self, x, group ? group : self->group, &second);
     for (uint32_t i = 0; good && i < x->iterations; i++) {
         uint32_t op = i * 4;
         xt_shape_t shape = shape_of(x, self->ranks, op);
@@ -220,7 +281,7 @@ static void body(xt_rank_t *self)
             good = run_combines(self, buffer, x, &shape);
         else if (c->order == ENDS_SWAPPED || c->order == ENDS_IN_ORDER)
             good = run_interleaved(self, buffer, x, op);
-        else if (c->order == TWO_BUFFERS)
+        else if (c->order == TWO_BUFFERS || c->order == TWO_GROUPS)
             good = run_two(self, buffer, second, x, op);
         else
             good = xt_step_whole(self, buffer, &shape, c->worst_case, c->place, c->from);
@@ -228,6 +289,7 @@ static void body(xt_rank_t *self)
     if (good)
         XT_OK(self, epx_buffer_status(buffer));
     epx_buffer_destroy(second);
+    epx_group_destroy(group);
     epx_buffer_destroy(buffer);
 }
 
