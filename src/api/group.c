@@ -71,14 +71,14 @@ static epx_status_t choose_backend(epx_group_t *group, epx_backend_t wanted, int
         group->exchange_ops = &epx__exchange_cpu;
         group->ll_ops = &epx__ll_cpu;
         if (wanted == EPX_BACKEND_CPU)
-            snprintf(group->backend_why, sizeof group->backend_why, "cpu: %s", by);
+            snprintf(group->backend_why, sizeof group->backend_why, "%s", by);
         else
-            snprintf(group->backend_why, sizeof group->backend_why, "cpu: no usable GPU (%.150s)", why);
+            snprintf(group->backend_why, sizeof group->backend_why, "no usable GPU: %.160s", why);
         return epx__device_cpu.open(-1, &group->device);
     }
     group->exchange_ops = plugin->exchange_ops;
     group->ll_ops = plugin->ll_ops;
-    snprintf(group->backend_why, sizeof group->backend_why, "cuda: %s",
+    snprintf(group->backend_why, sizeof group->backend_why, "%s",
              wanted == EPX_BACKEND_CUDA ? by : "a usable GPU is there");
     return plugin->device->open(device > 0 ? device - 1 : -1 - local_rank, &group->device);
 }
