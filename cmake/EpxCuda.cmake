@@ -42,6 +42,16 @@ else()
       epx_cuda_target(epx_cuda)
       # libcuda.so.1 is asked for at run time and nothing else is needed, so that it loads everywhere.
       target_link_options(epx_cuda PRIVATE -static-libstdc++ -static-libgcc)
+      # What demo and bench need on GPUs: device memory, times, floors.
+      file(GLOB EPX_BENCH_CUDA_SOURCES CONFIGURE_DEPENDS tools/epx/cuda/*.cu)
+      if(EPX_BENCH_CUDA_SOURCES)
+        add_library(epx_bench_cuda MODULE ${EPX_BENCH_CUDA_SOURCES})
+        target_include_directories(epx_bench_cuda PRIVATE include src tools/epx)
+        set_target_properties(epx_bench_cuda PROPERTIES PREFIX "" OUTPUT_NAME libepx_bench_cuda
+          LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/lib)
+        epx_cuda_target(epx_bench_cuda)
+        set_property(GLOBAL APPEND PROPERTY EPX_PLUGINS epx_bench_cuda)
+      endif()
       message(STATUS "EPX_WITH_CUDA: libepx_cuda.so with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
     endif()
   endif()

@@ -41,7 +41,7 @@ static inline uint64_t pattern_word(uint64_t key, size_t index, pattern_format_t
 /* bytes is a multiple of 4. */
 static inline void pattern_fill(void *row, size_t bytes, uint64_t key, pattern_format_t format)
 {
-    unsigned char *at = row;
+    unsigned char *at = (unsigned char *)row;
     size_t words = bytes / 8;
     for (size_t j = 0; j < words; j++) {
         uint64_t word = pattern_word(key, j, format);

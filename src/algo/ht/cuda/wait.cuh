@@ -9,7 +9,7 @@
 #define EPX_ALGO_HT_CUDA_WAIT_CUH
 
 #include "algo/ht/cuda/ht_cuda.h"
-#include "device/cuda/ptx.cuh"
+#include <epx/device/ptx.cuh>
 
 /* In shared memory, one per block. */
 typedef struct ht_block {

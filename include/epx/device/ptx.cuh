@@ -6,8 +6,8 @@
  * wrote and what the other reads stands fence_proxy_async. A bulk store is finished, and may be announced, after
  * bulk_wait_done + fence_proxy_async; a consumer fences once more between the announcement and its own bulk load.
  */
-#ifndef EPX_DEVICE_CUDA_PTX_CUH
-#define EPX_DEVICE_CUDA_PTX_CUH
+#ifndef EPX_DEVICE_PTX_CUH
+#define EPX_DEVICE_PTX_CUH
 
 #include <stdint.h>
 
