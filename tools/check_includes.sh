@@ -4,10 +4,10 @@
 #   base -> plan -> bootstrap, device, net -> channel -> algo -> api -> python, tools
 #
 # A file may include: its own folder and the folders above it; the headers that lie directly in a folder further left
-# (its interface). Never a folder further right, never a neighbour of the same level, never a sub-folder of another
-# folder (its inside); for src/api an algorithm (algo/ll) is a folder of its own. Exceptions: device/cpu (waiting, bells, copies: the host's own tools) is open to the folders right
-# of device, device/cuda to their .../cuda; net may use device.h (networks register what a device has allocated), device
-# nothing of net.
+# (its interface; for src/api an algorithm such as algo/ll is a folder of its own). Never a folder further right, never a
+# neighbour of the same level, never a sub-folder of another folder (its inside). Exceptions: device/cpu (waiting, bells,
+# copies: the host's own tools) is open to the folders right of device, device/cuda to their .../cuda; net may use
+# device.h (networks register what a device has allocated), device nothing of net.
 # tools/epx uses the public API alone. CUDA and libfabric headers stay in the plug-ins' folders.
 cd "${1:-$(dirname "$0")/..}" || exit 2
 find src tools/epx \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort |
@@ -50,7 +50,7 @@ find src tools/epx \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/
         if (own == other) { bad("the inside of a sibling, or of a folder below"); next }
         if (level[other] > level[own]) { bad("a folder to the right"); next }
         if (level[other] == level[own]) { bad("a neighbour"); next }
-        if (target ~ /^algo\/[a-z]+$/) next # an algorithm's own interface
+        if (target ~ /^algo\/[a-z]+$/) next # the interface of an algorithm
         if (target ~ /\//) { bad("the inside of a folder"); next }
     }
     END { printf "%d includes checked, %d wrong\n", checked, failures; exit failures > 0 || checked == 0 }'
