@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "base/fail.h"
 #include "device/cpu/wait.h"
@@ -50,6 +51,8 @@ epx_status_t epx__alarm_raise(epx__exchange_t *exchange, epx_status_t status, ui
     for (int r = 0; r < exchange->topology->ranks; r++)
         if (r != exchange->rank && exchange->peer[r])
             tell(exchange, r, status, sequence, about, words);
+    if (exchange->net)
+        epx__bootstrap_notify(exchange->bootstrap, exchange->notice_tag, words, strlen(words));
     return epx__exchange_fault(exchange, status, "%s", words);
 }
 

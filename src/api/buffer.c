@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "api/objects.h"
+#include "api/rails.h"
 #include "base/alloc.h"
 #include "base/env.h"
 #include "base/fail.h"
@@ -233,6 +234,7 @@ static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *confi
     EPX__TRY(exchange_cards(buffer, &exported));
     status = import_peers(buffer);
     EPX__TRY(epx__group_agree(group, status, "mapping the peers' windows"));
+    EPX__TRY(epx__buffer_rails_open(buffer));
     status = buffer->x.ops->create(&buffer->x);
     buffer->created = status == EPX_OK;
     if (status == EPX_OK)
@@ -252,6 +254,7 @@ static void unmake(epx_buffer_t *buffer)
         group->ll_ops->destroy(x);
     if (buffer->created)
         x->ops->destroy(x);
+    epx__buffer_rails_close(buffer);
     for (int r = 0; x->peer && r < group->ranks; r++)
         if (r != group->rank && x->peer[r])
             epx__window_unimport(group->device, &buffer->exports[r], x->peer[r]);

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "api/objects.h"
+#include "api/rails.h"
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "base/env.h"
@@ -283,7 +284,9 @@ static epx_status_t build(epx_group_t *group, const epx_group_config_t *config)
     if (status == EPX_OK)
         status = epx__bootstrap_barrier(group->bootstrap, group->timeout_ms);
     trial_close(group, &trial);
-    return status;
+    EPX__TRY(status);
+    status = epx__group_choose_net(group, config->net);
+    return epx__group_agree(group, status, "opening the network between domains");
 }
 
 static epx_status_t check_config(const epx_group_config_t *config)

@@ -15,6 +15,7 @@ struct epx_group {
     const epx__ll_ops_t *ll_ops;             /* NULL: the backend has no low latency */
     epx__topology_t topology;
     int rank, ranks;
+    int buffers; /* made so far with several domains: the same number on all ranks */
     int host_ranks; /* ranks on this host */
     int threads;
     uint32_t spins;

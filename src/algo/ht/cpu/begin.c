@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "algo/ht/cpu/ht_cpu.h"
+#include "algo/ht/cpu/rail.h"
 #include "base/fail.h"
 
 static epx__routing_in_t routing_in(const epx__exchange_handle_t *handle)
@@ -108,7 +109,23 @@ static epx_status_t hear(epx__half_t *half, epx__ht_peer_t *peer, const void *ta
     job->handle->tokens_of[peer->rank] = (int32_t)peer->mail.tokens;
     job->recv_max[peer->rank] = peer->mail.recv_max;
     add_expert_rows(job->handle, counts + ranks);
+    if (half->ht->rails)
+        epx__ht_rails_hear_begin(half->ht->rails, job->handle, (int)(peer - half->ht->peers), half->sequence,
+                                 job->recv_max);
     return EPX_OK;
+}
+
+static size_t rail_fill(epx__half_t *half, int domain, epx__rail_message_t *message)
+{
+    const begin_job_t *job = half->job;
+    return epx__ht_rails_fill_begin(half->ht->rails, job->handle, domain, job->rank_count, job->expert_count, message);
+}
+
+static void rail_heard(epx__half_t *half)
+{
+    begin_job_t *job = half->job;
+    epx__ht_rails_t *rails = half->ht->rails;
+    epx__ht_rails_hear_begin(rails, job->handle, rails->index, half->sequence, job->recv_max);
 }
 
 /* Tokens by destination, and rows made final. */
@@ -184,7 +201,11 @@ epx_status_t epx__ht_cpu_begin(epx__exchange_t *exchange, epx__exchange_handle_t
                         .shape = shape,
                         .fill = fill,
                         .hear = hear,
+                        .rail_fill = rail_fill,
+                        .rail_heard = rail_heard,
                         .job = &job};
+    if (ht->rails)
+        epx__ht_rails_cross(ht, handle);
     EPX__TRY(epx__half_run(&half, args->timeout_ms));
     EPX__TRY(check_totals(&half, &job, routing->start));
     finish_tables(handle, routing, ranks, exchange->rank, rank_count);

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "algo/ht/cpu/ht_cpu.h"
+#include "algo/ht/cpu/rail.h"
 #include "base/fail.h"
 #include "base/mutate.h"
 #include "plan/format.h"
@@ -349,6 +350,8 @@ epx_status_t epx__ht_cpu_combine(epx__exchange_t *exchange, epx__exchange_handle
 {
     (void)stream;
     epx__ht_cpu_t *ht = exchange->impl;
+    if (ht->rails)
+        return epx__ht_rail_combine(exchange, handle, combine, x_offset);
     lane_t lanes[ht->members];
     int16_t lane_of[exchange->topology->ranks];
     combine_job_t job = {.ht = ht,

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "algo/alarm.h"
+#include "algo/ht/cpu/rail.h"
 #include "base/fail.h"
 #include "base/mutate.h"
 
@@ -145,6 +146,14 @@ static epx__step_t mail_step(epx__half_t *half)
 
 static epx__step_t step(epx__half_t *half)
 {
+    if (!half->rails_done) { /* the domain's mail says that the rails' messages are here */
+        epx__step_t rails = epx__ht_rails_mail(half);
+        if (rails != EPX__STEP_DONE)
+            return rails;
+        half->rails_done = true;
+        if (half->rail_heard)
+            half->rail_heard(half);
+    }
     epx__step_t mail = mail_step(half);
     if (mail == EPX__STEP_FAILED || !half->work)
         return mail;
@@ -196,7 +205,10 @@ static void blame_mail(const epx__half_t *half, epx__blame_t *blame)
 static epx__blame_t find_blame(epx__half_t *half, char *also, size_t also_bytes)
 {
     epx__blame_t blame = {.rank = -1, .stage = "nothing that it knows of", .also = also, .also_bytes = also_bytes};
-    blame_mail(half, &blame);
+    if (half->rails_done)
+        blame_mail(half, &blame);
+    else
+        epx__ht_rails_blame(half, &blame);
     if ((blame.rank < 0 || also) && half->blame)
         half->blame(half, &blame);
     return blame;
@@ -217,6 +229,15 @@ static epx_status_t check_stuck(epx__half_t *half)
                                   "%s on rank %d waits for %s of rank %d, which has destroyed its buffer",
                                   half->operation, half->ht->exchange->rank, blame.stage, blame.rank);
         }
+    if (blame.rank >= 0 && epx__ht_rails_gone(half, blame.rank) != EPX_OK) {
+        half->last = step(half); /* its last words may have come since */
+        half->looked = true;
+        if (half->last != EPX__STEP_STUCK)
+            return EPX_OK;
+        return epx__half_fail(half, EPX_E_PEER, blame.rank,
+                              "%s on rank %d waits for %s of rank %d, which has left or cannot be reached",
+                              half->operation, half->ht->exchange->rank, blame.stage, blame.rank);
+    }
     if (!epx__deadline_passed(&half->deadline))
         return EPX_OK;
     char also[96] = "";
@@ -266,5 +287,6 @@ epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms)
     for (int i = 0; i < ht->members; i++)
         ht->peers[i].posted = ht->peers[i].heard = false;
     ht->self->posted = ht->self->heard = true;
+    epx__ht_rails_start(half);
     return run(half);
 }

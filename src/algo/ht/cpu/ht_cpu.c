@@ -1,5 +1,6 @@
 /* HT on the CPU: making and ending it, barrier, self-test, tables. */
 #include "algo/ht/cpu/ht_cpu.h"
+#include "algo/ht/cpu/rail.h"
 
 #include <string.h>
 
@@ -61,6 +62,7 @@ static void destroy(epx__exchange_t *exchange)
     for (int i = 0; ht->self && i < ht->members; i++)
         if (&ht->peers[i] != ht->self)
             epx__word_post(&ht->peers[i], &ht->peers[i].to_it->closed, 1);
+    epx__ht_rails_close(ht);
     epx__workers_destroy(ht->workers);
     for (uint32_t h = 0; ht->routing && h < exchange->config.handles_max; h++)
         epx__free(ht->routing[h].slab);
@@ -85,7 +87,7 @@ static epx_status_t make(epx__exchange_t *exchange, epx__ht_cpu_t *ht)
         EPX__TRY(routing_init(&ht->routing[h], &exchange->config, ranks));
     EPX__TRY(epx__workers_create(exchange->threads, &ht->workers));
     peers_init(ht);
-    return EPX_OK;
+    return epx__ht_rails_open(ht);
 }
 
 static epx_status_t create(epx__exchange_t *exchange)

@@ -50,7 +50,11 @@ typedef struct epx__ht_cpu {
     uint64_t sequence; /* number of the last half begun here */
     uint8_t *window;   /* my own */
     int32_t *counts;   /* [ranks + experts] scratch for begin */
+    struct epx__ht_rails *rails; /* between domains; NULL with one */
 } epx__ht_cpu_t;
+
+struct epx__ht_rails;
+struct epx__rail_message;
 
 typedef enum epx__step { EPX__STEP_STUCK, EPX__STEP_MOVED, EPX__STEP_DONE, EPX__STEP_FAILED } epx__step_t;
 
@@ -86,6 +90,10 @@ struct epx__half {
     epx_status_t (*hear)(epx__half_t *half, epx__ht_peer_t *peer, const void *tail);
     /* What else the half does; NULL: nothing. DONE or STUCK when it has nothing to do. */
     epx__step_t (*work)(epx__half_t *half);
+    /* Several domains: the tail of the message to the rail of `domain` (its bytes in all); the rails are heard. */
+    size_t (*rail_fill)(epx__half_t *half, int domain, struct epx__rail_message *message);
+    void (*rail_heard)(epx__half_t *half);
+    bool rails_done;
     void (*blame)(epx__half_t *half, epx__blame_t *blame);
     void *job;
 };

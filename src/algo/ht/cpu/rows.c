@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "algo/ht/cpu/ht_cpu.h"
+#include "algo/ht/cpu/rail.h"
 #include "base/fail.h"
 #include "base/mutate.h"
 
@@ -110,6 +111,8 @@ static void pass_part(void *context, int part, int parts)
             int32_t rank = job->routing->dst_rank[at];
             if (rank < 0)
                 break;
+            if (job->lane_of[rank] < 0)
+                continue; /* of another domain: by rail */
             const lane_t *lane = &job->lanes[job->lane_of[rank]];
             if (lane->in_pass)
                 write_row(job, &lane->place, (size_t)job->routing->dst_row[at], t, rank);
@@ -344,6 +347,13 @@ static epx__step_t work(epx__half_t *half)
         done &= job->lanes[i].sent_all;
         done &= job->lanes[i].in_cursor == job->lanes[i].in_count || EPX__MUTATE(end_before_received);
     }
+    if (job->ht->rails) {
+        epx__step_t rails = epx__rail_rows_step(half, job->handle, job->rows, job->target, &job->shape);
+        if (rails == EPX__STEP_FAILED)
+            return rails;
+        moved |= rails == EPX__STEP_MOVED;
+        done &= rails == EPX__STEP_DONE;
+    }
     return done ? EPX__STEP_DONE : moved ? EPX__STEP_MOVED : EPX__STEP_STUCK;
 }
 
@@ -358,12 +368,16 @@ static void blame(epx__half_t *half, epx__blame_t *out)
         else if (!lane->sent_all)
             epx__blame_rank(out, peer->rank, "room in its ring", (uint64_t)lane->count, (uint64_t)lane->cursor);
     }
+    if (job->ht->rails)
+        epx__rail_rows_blame(job->ht, out);
 }
 
 static epx_status_t init_lanes(rows_job_t *job)
 {
     epx__ht_cpu_t *ht = job->ht;
     int ranks = ht->exchange->topology->ranks, me = ht->exchange->rank;
+    for (int p = 0; p < ranks; p++)
+        job->lane_of[p] = -1;
     for (int i = 0; i < ht->members; i++) {
         lane_t *lane = &job->lanes[i];
         epx__ht_peer_t *peer = &ht->peers[i];
@@ -443,6 +457,8 @@ epx_status_t epx__ht_cpu_rows(epx__exchange_t *exchange, epx__exchange_handle_t 
                                    .src_token = 1};
     job.streaming = exchange->streaming && (uint64_t)args->tokens * rows->row_bytes > STREAM_BYTES;
     EPX__TRY(init_lanes(&job));
+    if (ht->rails)
+        EPX__TRY(epx__rail_rows_init(ht, handle, &job.shape));
 
     uint64_t shape = epx__shape_mix(0, job.shape.row_bytes);
     shape = epx__shape_mix(shape, rows->side_elem_bytes * 1000003u + rows->side_elems);
@@ -458,6 +474,8 @@ epx_status_t epx__ht_cpu_rows(epx__exchange_t *exchange, epx__exchange_handle_t 
                         .blame = blame,
                         .job = &job};
     EPX__TRY(epx__half_run(&half, args->timeout_ms));
+    if (ht->rails)
+        epx__rail_rows_end(ht, handle);
     if (first)
         keep_src_token(&job);
     if (handle->worst_case)
