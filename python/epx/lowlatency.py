@@ -189,6 +189,8 @@ class LowLatency:
         core = inner.core
         if core is not self._ll_core:
             refuse("handle: it was made by another buffer's dispatch, or before this buffer grew for a larger shape")
+        if inner.pointer is None:
+            refuse("handle: it has been combined")
         self._ll_exclusive(async_finish, return_recv_hook)
         tokens, local = inner.tokens, e // r
         _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, inner.topk))
@@ -213,10 +215,12 @@ class LowLatency:
                                   out=pointer(out), wait_ns=pointer(combine_wait_recv_cost_stats))
             call = core.lib.epx_ll_combine_send if return_recv_hook else core.lib.epx_ll_combine
             core.check(call(inner.pointer, byref(args), turn.stream))
+            if not return_recv_hook:
+                inner.pointer = None  # the C handle is free again, and soon another dispatch's
             turn.outputs(out)
         keep, hook = inputs + (out, args, handle), None
         if return_recv_hook:
-            hook = self._ll_hook(core, inner, core.lib.epx_ll_combine_recv, turn.stream, keep)
+            hook = self._ll_hook(core, inner, core.lib.epx_ll_combine_recv, turn.stream, keep, last=True)
         event = EventOverlap(turn.event.event, keep) if async_finish else turn.event
         return out, event, hook
 
@@ -291,7 +295,7 @@ class LowLatency:
         return whole
 
     @staticmethod
-    def _ll_hook(core, inner, call, stream, keep):
+    def _ll_hook(core, inner, call, stream, keep, last=False):
         """The deferred receive: a function to be called once; `keep` is what the C library has borrowed."""
         todo = [keep]
 
@@ -299,5 +303,7 @@ class LowLatency:
             if todo:
                 with core:
                     core.check(call(inner.pointer, stream))
+                    if last:
+                        inner.pointer = None
                 todo.clear()
         return hook
