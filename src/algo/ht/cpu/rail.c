@@ -5,7 +5,9 @@
  * which was sent once that rank's mail of half n - 2 was posted, hence once every rank of its domain had read the mail
  * of half n - 4 and, with it, that slot. The outbox slot of n is free by then too: what lay there was heard at n - 4.
  *
- * A ring is cut anew by each half, once all its chunks have been given back; a chunk's put lands before its signal.
+ * A ring is cut anew by each half: the rail's message of this half says that it is empty there, for a half ends only
+ * when all its rows have been taken. (Credit for the last chunks may still be on its way: then there is less room for a
+ * moment.) A chunk's put lands before its signal.
  */
 #include "algo/ht/cpu/rail.h"
 
@@ -256,9 +258,6 @@ uint32_t epx__rail_room(const epx__ht_rails_t *rails, epx__ht_rail_t *rail)
     if (out->moved == out->total)
         return 0;
     uint64_t away = rail->chunks_sent - epx_ld_acquire_sys_u64(rail->credit->signals);
-    if (!out->open && away > 0 && !EPX__MUTATE(rail_cut_early))
-        return 0;
-    out->open = true;
     if (away >= out->slots && !EPX__MUTATE(rail_no_credit))
         return 0;
     return chunk_end(out) - out->packed;

@@ -32,7 +32,6 @@ typedef struct epx__rail_stream {
     uint32_t moved;  /* out: rows put; in: rows that have arrived */
     uint32_t freed;  /* in: rows nobody needs any more */
     uint64_t base;   /* chunks ever before this half */
-    bool open;       /* out: the ring was empty, it may be cut anew */
 } epx__rail_stream_t;
 
 /* Another domain. */
