@@ -28,7 +28,7 @@ epx_status_t epx__ll_layout_make(uint32_t ranks, uint32_t tokens_max, uint32_t h
     l.row_bytes = ((size_t)hidden_max * 2 + 255) / 256 * 256;
     l.block_bytes = (sizeof(epx__ll_block_t) + (size_t)tokens_max * topk_max * 8 + 255) / 256 * 256;
     l.words_offset = end;
-    bool fits = add(&end, ranks, 1, 1, sizeof(epx__ll_words_t));
+    bool fits = add(&end, slots, ranks, 1, sizeof(epx__ll_words_t));
     l.ids_offset = end;
     fits = fits && add(&end, slots, ranks, 1, l.block_bytes);
     l.rows_offset = end;

@@ -4,7 +4,7 @@
  *
  *   [ words | ids | rows | back ]
  *
- *   words  [ranks] lines, written by the peer
+ *   words  [slots][ranks] lines, written by the peer
  *   ids    [slots][ranks] blocks: a source's top-k ids (and weights) of all its tokens
  *   rows   [slots][ranks][tokens_max] rows: a token's row has its own index, so nothing is counted before sending
  *   back   [slots][tokens_max][topk_max] rows: expert outputs on their way home
@@ -20,12 +20,15 @@
 
 #include "plan/routing.h"
 
-/* One line a peer. Each word is the number of the last call it is true for; it only grows. */
+/* One line a slot and peer: halves of calls in different slots may come in any order, so one line for all slots would
+ * run ahead of a call that is late, or go back. Each word is the number of the last call it is true for; it only grows.
+ */
 typedef struct epx__ll_words {
     uint64_t dispatched; /* `from` has put ids and rows of that call here */
     uint64_t combined;   /* `from` has put its expert outputs of that call here */
     uint64_t taken;      /* `from` has taken out what I dispatched to it in that call: credit */
-    uint64_t spare[5];
+    uint64_t left_out;   /* `from` has left me out of that call, said instead of `combined`: no outputs came or will */
+    uint64_t spare[4];
 } epx__ll_words_t;
 
 /* At the head of an ids block; then int32_t ids[tokens][topk], then float weights[tokens][topk] when flagged. */

@@ -3,7 +3,8 @@
  *
  * send: each expert output goes to its owner's slot, at (token, top-k place), or, when this rank adds first
  * (pre-reduced, or rank-major dispatch), one row at (token, place of this rank among the token's ranks); then
- * `combined` = number. recv: when `combined` of every rank that has tokens of mine shows the number, add.
+ * `combined` = number; to a rank that was not heard, or is masked, nothing but `left_out` = number. recv: when every
+ * rank that has tokens of mine has said one of the two, add what came.
  *
  * The slot's last use has been read when I write: the owner has dispatched this call to me after it combined that one.
  */
@@ -38,7 +39,7 @@ static void next_rows(const back_job_t *job, const epx__ll_visit_t *v)
 
 static bool mine_to_send(const back_job_t *job, const epx__ll_visit_t *v)
 {
-    return !job->ll->masked[v->source];
+    return !job->ll->masked[v->source]; /* who was not heard has no tokens here */
 }
 
 /* One row for each choice; a repeated choice has its own place and the same contents. */
@@ -108,7 +109,10 @@ epx_status_t epx__ll_cpu_combine_send(epx__exchange_t *exchange, epx__ll_call_t 
                                                            : push_each,
                  &job);
     for (int r = 0; r < exchange->topology->ranks; r++)
-        epx__ll_post(ll, r, &ll->to[r]->combined, call->number);
+        epx__ll_post(ll, r,
+                     kept->heard[r] && !ll->masked[r] ? &epx__ll_to(ll, call->number, r)->combined
+                                                      : &epx__ll_to(ll, call->number, r)->left_out,
+                     call->number);
     return EPX_OK;
 }
 
@@ -117,14 +121,16 @@ epx_status_t epx__ll_cpu_combine_send(epx__exchange_t *exchange, epx__ll_call_t 
 static bool combined(epx__ll_cpu_t *ll, int rank, void *context)
 {
     const epx__ll_call_t *call = context;
-    return epx__ll_load(&ll->from[rank].combined) >= call->number;
+    bool came;
+    return epx__ll_ended(ll, rank, call->number, &came);
 }
 
-static epx_status_t nothing(epx__ll_cpu_t *ll, int rank, void *context)
+static epx_status_t note_came(epx__ll_cpu_t *ll, int rank, void *context)
 {
-    (void)ll;
-    (void)rank;
-    (void)context;
+    const epx__ll_call_t *call = context;
+    bool came;
+    (void)epx__ll_ended(ll, rank, call->number, &came);
+    epx__ll_kept_of(ll, call)->came[rank] = came;
     return EPX_OK;
 }
 
@@ -133,12 +139,14 @@ static void owes(epx__ll_cpu_t *ll, int rank, void *context)
     epx__ll_kept_of(ll, context)->owing[rank] = 1;
 }
 
-/* Ranks that hold an expert of one of my tokens and were asked; the others have nothing for me. */
+/* Ranks that hold an expert of one of my tokens and were asked; the others have nothing for me. Who was masked since
+ * then may still write. */
 static void whom_to_wait_for(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
 {
-    const epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
+    epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
     const epx_ll_combine_t *c = &call->combine;
     size_t count = (size_t)call->dispatch.tokens * call->dispatch.topk;
+    memset(kept->came, 0, ll->layout.ranks);
     memset(ll->done, 1, ll->layout.ranks);
     for (size_t i = 0; i < count; i++) {
         int64_t id = epx__topk_id(c->topk_idx, call->dispatch.topk_idx_bits, i);
@@ -147,13 +155,9 @@ static void whom_to_wait_for(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
         int32_t rank = epx__expert_rank(&call->map, id);
         if (kept->asked[rank] && !ll->masked[rank])
             ll->done[rank] = 0;
+        else if (kept->asked[rank])
+            kept->owing[rank] = 1;
     }
-}
-
-/* Did that rank's share of my tokens come in this call? */
-static bool share_came(const epx__ll_cpu_t *ll, const epx__ll_kept_t *kept, int32_t rank)
-{
-    return kept->asked[rank] && !kept->owing[rank] && !ll->masked[rank];
 }
 
 static const uint16_t *came_row(const epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t token, uint32_t place)
@@ -179,7 +183,7 @@ static void add_token(epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t to
     memset(ll->sum, 0, hidden * sizeof *ll->sum);
     for (uint32_t k = 0; k < topk; k++) {
         int64_t id = epx__topk_id(c->topk_idx, bits, (size_t)token * topk + k);
-        if (id < 0 || id >= (int64_t)call->map.experts || !share_came(ll, kept, epx__expert_rank(&call->map, id)))
+        if (id < 0 || id >= (int64_t)call->map.experts || !kept->came[epx__expert_rank(&call->map, id)])
             continue;
         float weight = c->topk_weights ? c->topk_weights[(size_t)token * topk + k] : 1.0f;
         left += weight;
@@ -189,7 +193,7 @@ static void add_token(epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t to
     int32_t ranks[EPX_TOPK_MAX];
     int count = by_rank(call) ? epx__token_ranks(&call->map, c->topk_idx, bits, token, topk, ranks, &bad) : 0;
     for (int i = 0; i < count; i++)
-        if (share_came(ll, kept, ranks[i]))
+        if (kept->came[ranks[i]])
             add_row(ll->sum, came_row(ll, call, token, (uint32_t)i), 1.0f, false, hidden);
     uint16_t *out = (uint16_t *)c->out + (size_t)token * hidden;
     for (uint32_t h = 0; h < hidden; h++)
@@ -208,7 +212,7 @@ epx_status_t epx__ll_cpu_combine_recv(epx__exchange_t *exchange, epx__ll_call_t 
                            .timeout_ms = call->combine.timeout_ms,
                            .wait_ns = call->combine.wait_ns,
                            .ready = combined,
-                           .serve = nothing,
+                           .serve = note_came,
                            .give_up = owes,
                            .context = call};
     whom_to_wait_for(ll, call);

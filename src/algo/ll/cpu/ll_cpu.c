@@ -14,12 +14,14 @@ static epx_status_t kept_init(epx__ll_cpu_t *ll, epx__ll_kept_t *kept)
     kept->ids = epx__calloc(ranks * each, sizeof *kept->ids);
     kept->weights = epx__calloc(ranks * each, sizeof *kept->weights);
     kept->asked = epx__calloc(ranks, 1);
+    kept->heard = epx__calloc(ranks, 1);
+    kept->came = epx__calloc(ranks, 1);
     kept->owing = epx__calloc(ranks, 1);
     if (config->ll_zero_copy) {
         size_t experts = (config->experts_max + ranks - 1) / ranks;
         kept->zero_copy = epx__calloc(experts * ranks * ll->layout.tokens_max, (size_t)ll->layout.hidden_max * 2);
     }
-    if (!kept->tokens || !kept->ids || !kept->weights || !kept->asked || !kept->owing ||
+    if (!kept->tokens || !kept->ids || !kept->weights || !kept->asked || !kept->heard || !kept->came || !kept->owing ||
         (config->ll_zero_copy && !kept->zero_copy))
         return epx__fail(EPX_E_NOMEM, "no memory for a low-latency slot of %zu ranks and %u tokens", ranks,
                          ll->layout.tokens_max);
@@ -32,6 +34,8 @@ static void kept_fini(epx__ll_kept_t *kept)
     epx__free(kept->ids);
     epx__free(kept->weights);
     epx__free(kept->asked);
+    epx__free(kept->heard);
+    epx__free(kept->came);
     epx__free(kept->owing);
     epx__free(kept->zero_copy);
 }

@@ -13,7 +13,10 @@ typedef struct epx__ll_kept {
     int32_t *ids;     /* [ranks][tokens_max][topk_max], tightly [tokens][topk] of the call for each source */
     float *weights;   /* the same, when given */
     uint8_t *asked;   /* [ranks] 1: my dispatch went there, so its outputs are to be waited for */
-    uint8_t *owing;   /* [ranks] 1: given up in this call; it may still write into the slot until it says combined */
+    uint8_t *heard;   /* [ranks] 1: its dispatch came here, so it gets outputs */
+    uint8_t *came;    /* [ranks] 1: its outputs for my tokens are here */
+    uint8_t *owing;   /* [ranks] 1: given up in this call; it may still write into the slot until it says that it is done
+                         with the call */
     uint64_t last;    /* number of the call that used the slot last */
     void *zero_copy;  /* expert outputs, when the buffer was made for it */
 } epx__ll_kept_t;
@@ -21,8 +24,8 @@ typedef struct epx__ll_kept {
 typedef struct epx__ll_cpu {
     epx__exchange_t *exchange;
     epx__ll_layout_t layout;
-    epx__ll_words_t **to;  /* [ranks] my line in each rank's window */
-    epx__ll_words_t *from; /* [ranks] their lines in mine */
+    epx__ll_words_t **to;  /* [ranks] my line of slot 0 in each rank's window */
+    epx__ll_words_t *from; /* [slots][ranks] their lines in mine */
     epx__ll_kept_t *kept;  /* [slots] */
     uint8_t *masked;       /* [ranks] */
     uint8_t *done;         /* [ranks] scratch of a half */
@@ -30,6 +33,16 @@ typedef struct epx__ll_cpu {
     uint8_t *row;          /* [row_bytes] scratch: a quantised token */
     float *sum;            /* [hidden_max] scratch */
 } epx__ll_cpu_t;
+
+/* The lines of the slot that call `number` uses: mine in rank's window, and rank's in mine. */
+static inline epx__ll_words_t *epx__ll_to(const epx__ll_cpu_t *ll, uint64_t number, int rank)
+{
+    return ll->to[rank] + number % ll->layout.slots * ll->layout.ranks;
+}
+static inline const epx__ll_words_t *epx__ll_from(const epx__ll_cpu_t *ll, uint64_t number, int rank)
+{
+    return ll->from + number % ll->layout.slots * ll->layout.ranks + rank;
+}
 
 /* ---- waiting (ll_wait.c) ---- */
 
@@ -81,6 +94,18 @@ static inline epx__ll_kept_t *epx__ll_kept_of(epx__ll_cpu_t *ll, const epx__ll_c
 
 /* The ids' hash: what all ranks must agree on. */
 uint64_t epx__ll_shape(const epx__ll_call_t *call);
+
+/* Has that rank ended its part in call `number` here: put its outputs, or left me out? If so nothing more of that call
+ * will be written. *came: the outputs are there. */
+static inline bool epx__ll_ended(const epx__ll_cpu_t *ll, int rank, uint64_t number, bool *came)
+{
+    /* In this order: what is said last is looked at first, so that outputs told before are not overlooked. */
+    const epx__ll_words_t *words = epx__ll_from(ll, number, rank);
+    uint64_t left_out = epx__ll_load(&words->left_out), combined = epx__ll_load(&words->combined);
+    /* When it has left me out of the slot's next call already, only an exact `combined` says that this one was whole. */
+    *came = combined == number || (combined > number && left_out < number);
+    return combined >= number || left_out >= number;
+}
 
 epx_status_t epx__ll_cpu_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
 epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);

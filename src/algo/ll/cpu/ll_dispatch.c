@@ -44,7 +44,7 @@ typedef struct send_job {
 static bool slot_free(epx__ll_cpu_t *ll, int rank, void *context)
 {
     const send_job_t *job = context;
-    return epx__ll_load(&ll->from[rank].taken) + ll->layout.slots >= job->call->number;
+    return epx__ll_load(&epx__ll_from(ll, job->call->number, rank)->taken) + ll->layout.slots >= job->call->number;
 }
 
 static int32_t valid_id(const epx__ll_call_t *call, size_t index)
@@ -108,15 +108,16 @@ static epx_status_t send_to(epx__ll_cpu_t *ll, int rank, void *context)
     *(rank == exchange->rank ? &exchange->traffic.local_bytes : &exchange->traffic.domain_bytes) +=
         rows * wire_bytes(d);
     epx__ll_kept_of(ll, job->call)->asked[rank] = 1;
-    epx__ll_post(ll, rank, &ll->to[rank]->dispatched, job->call->number);
+    epx__ll_post(ll, rank, &epx__ll_to(ll, job->call->number, rank)->dispatched, job->call->number);
     return EPX_OK;
 }
 
-/* A rank given up in the slot's last call may still write there, until it says that it has combined, or is dead. */
+/* A rank given up in the slot's last call may still write there, until it says that it is done with it, or is dead. */
 static epx_status_t slot_settled(epx__ll_cpu_t *ll, const epx__ll_kept_t *kept, uint64_t slot)
 {
+    bool came;
     for (int r = 0; r < ll->exchange->topology->ranks; r++)
-        if (kept->owing[r] && epx__ll_load(&ll->from[r].combined) < kept->last &&
+        if (kept->owing[r] && !epx__ll_ended(ll, r, kept->last, &came) &&
             !epx__bootstrap_dead(ll->exchange->bootstrap, r))
             return epx__fail(EPX_E_BUSY,
                              "ll_dispatch_send: slot %" PRIu64
@@ -157,7 +158,7 @@ epx_status_t epx__ll_cpu_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t
 static bool dispatched(epx__ll_cpu_t *ll, int rank, void *context)
 {
     const epx__ll_call_t *call = context;
-    return epx__ll_load(&ll->from[rank].dispatched) >= call->number;
+    return epx__ll_load(&epx__ll_from(ll, call->number, rank)->dispatched) >= call->number;
 }
 
 static epx_status_t read_block(epx__ll_cpu_t *ll, int rank, void *context)
@@ -167,7 +168,9 @@ static epx_status_t read_block(epx__ll_cpu_t *ll, int rank, void *context)
     const uint8_t *at = (const uint8_t *)ll->exchange->window.base +
                         epx__ll_block_at(&ll->layout, call->number % ll->layout.slots, (uint32_t)rank);
     const epx__ll_block_t *block = (const epx__ll_block_t *)(const void *)at;
-    if (block->number != call->number || block->shape != epx__ll_shape(call) || block->tokens > ll->layout.tokens_max)
+    if (block->number != call->number)
+        return EPX_OK; /* it had masked me in this call, and went on to a later one: no tokens */
+    if (block->shape != epx__ll_shape(call) || block->tokens > ll->layout.tokens_max)
         return epx__alarm_raise(ll->exchange, EPX_E_MISMATCH, call->number, rank,
                                 "ll_dispatch (call %" PRIu64
                                 "): ranks %d and %d disagree on the shape (hidden, topk, experts, "
@@ -177,6 +180,7 @@ static epx_status_t read_block(epx__ll_cpu_t *ll, int rank, void *context)
     size_t to = (size_t)rank * ll->layout.tokens_max * ll->layout.topk_max;
     const int32_t *ids = (const int32_t *)(const void *)(block + 1);
     kept->tokens[rank] = block->tokens;
+    kept->heard[rank] = 1;
     memcpy(kept->ids + to, ids, count * sizeof(int32_t));
     if (block->weights)
         memcpy(kept->weights + to, ids + count, count * sizeof(float));
@@ -313,6 +317,7 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
     epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
     size_t ranks = (size_t)exchange->topology->ranks;
     memset(kept->tokens, 0, ranks * sizeof *kept->tokens);
+    memset(kept->heard, 0, ranks);
     epx__ll_wait_t wait = {.operation = "ll_dispatch_recv",
                            .stage = "its tokens",
                            .number = call->number,
@@ -326,6 +331,6 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
     EPX__TRY(epx__ll_serve_all(ll, &wait));
     spread(ll, call);
     for (int r = 0; r < exchange->topology->ranks; r++) /* masked ones too: they may send on, nobody looks */
-        epx__ll_post(ll, r, &ll->to[r]->taken, call->number);
+        epx__ll_post(ll, r, &epx__ll_to(ll, call->number, r)->taken, call->number);
     return EPX_OK;
 }
