@@ -168,9 +168,7 @@ static epx_status_t read_block(epx__ll_cpu_t *ll, int rank, void *context)
     const uint8_t *at = (const uint8_t *)ll->exchange->window.base +
                         epx__ll_block_at(&ll->layout, call->number % ll->layout.slots, (uint32_t)rank);
     const epx__ll_block_t *block = (const epx__ll_block_t *)(const void *)at;
-    if (block->number != call->number)
-        return EPX_OK; /* it had masked me in this call, and went on to a later one: no tokens */
-    if (block->shape != epx__ll_shape(call) || block->tokens > ll->layout.tokens_max)
+    if (block->number != call->number || block->shape != epx__ll_shape(call) || block->tokens > ll->layout.tokens_max)
         return epx__alarm_raise(ll->exchange, EPX_E_MISMATCH, call->number, rank,
                                 "ll_dispatch (call %" PRIu64
                                 "): ranks %d and %d disagree on the shape (hidden, topk, experts, "

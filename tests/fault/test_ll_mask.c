@@ -1,0 +1,186 @@
+/*
+ * Low latency with ranks given up: by deadline, by the caller between two halves, and by death. What did not come is
+ * left out of the sums and of weight_left, on both sides; nothing old is added in its place, no slot is used too early.
+ *
+ *     fault_test_ll_mask [part of a test's name]
+ */
+#include "common/world.h"
+
+#include <epx/ll.h>
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { TOKENS = 2, HIDDEN = 8, RANKS_MOST = 4, PATIENT_MS = 8000, IMPATIENT_MS = 150 };
+
+/* One expert a rank; every token chooses all of them, so every rank has a share in every token. Expert r's output is
+ * base + r in all its elements. */
+typedef struct trip {
+    xt_rank_t *self;
+    epx_buffer_t *buffer;
+    epx_ll_handle_t *handle;
+    int64_t ids[TOKENS * RANKS_MOST]; /* [TOKENS][ranks] */
+    _Alignas(16) uint16_t x[TOKENS][HIDDEN], y[RANKS_MOST * TOKENS][HIDDEN];
+    _Alignas(16) uint16_t out[TOKENS][HIDDEN], recv[RANKS_MOST * TOKENS][HIDDEN];
+    float left[TOKENS];
+    int32_t count[1], source[RANKS_MOST * TOKENS];
+} trip_t;
+
+static uint16_t bf16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)(bits >> 16); /* small whole numbers: exact */
+}
+
+static bool trip_open(xt_rank_t *self, trip_t *t, uint32_t slots, bool mask_on_timeout)
+{
+    epx_buffer_config_t c = {.size = sizeof c, .lease_bytes = 1u << 16, .reserve_bytes = 1u << 16, .tokens_max = 4};
+    c.topk_max = RANKS_MOST;
+    c.experts_max = RANKS_MOST;
+    c.handles_max = 1;
+    c.timeout_ms = PATIENT_MS;
+    c.ll_tokens_max = TOKENS;
+    c.ll_hidden_max = HIDDEN;
+    c.ll_slots = slots;
+    c.ll_mask_on_timeout = mask_on_timeout;
+    memset(t, 0, sizeof *t);
+    t->self = self;
+    for (int i = 0; i < TOKENS * self->ranks; i++)
+        t->ids[i] = i % self->ranks;
+    return XT_OK(self, epx_buffer_create(self->group, &c, &t->buffer));
+}
+
+static epx_ll_dispatch_t dispatch_args(trip_t *t, uint64_t timeout_ms)
+{
+    epx_ll_dispatch_t d = {.size = sizeof d, .x = t->x, .tokens = TOKENS, .hidden = HIDDEN, .topk_idx = t->ids};
+    d.topk = d.experts = (uint32_t)t->self->ranks;
+    d.recv_x = t->recv;
+    d.recv_count = t->count;
+    d.src_info = t->source;
+    d.timeout_ms = timeout_ms;
+    return d;
+}
+
+static epx_ll_combine_t combine_args(trip_t *t, float base, uint64_t timeout_ms)
+{
+    epx_ll_combine_t c = {.size = sizeof c, .x = t->y, .topk_idx = t->ids, .out = t->out, .weight_left = t->left};
+    for (int i = 0; i < RANKS_MOST * TOKENS; i++)
+        for (int h = 0; h < HIDDEN; h++)
+            t->y[i][h] = bf16(base + (float)t->self->rank);
+    c.timeout_ms = timeout_ms;
+    return c;
+}
+
+/* `from`: bit r set: rank r's share is in the sums. */
+static void check_out(trip_t *t, float base, unsigned from, const char *when)
+{
+    float sum = 0, weight = 0;
+    for (int r = 0; r < t->self->ranks; r++)
+        if (from >> r & 1) {
+            sum += base + (float)r;
+            weight += 1;
+        }
+    for (int i = 0; i < TOKENS; i++) {
+        XT_CHECK(t->self, t->left[i] == weight, "%s: token %d: weight %g is left, not %g", when, i,
+                 (double)t->left[i], (double)weight);
+        for (int h = 0; h < HIDDEN; h++)
+            XT_CHECK(t->self, t->out[i][h] == bf16(sum), "%s: token %d element %d: %#x, not %#x (%g)", when, i, h,
+                     t->out[i][h], bf16(sum), (double)sum);
+    }
+}
+
+static bool whole(trip_t *t, float base, uint64_t timeout_ms, unsigned from, const char *when)
+{
+    epx_ll_dispatch_t d = dispatch_args(t, timeout_ms);
+    epx_ll_combine_t c = combine_args(t, base, timeout_ms);
+    if (!XT_OK(t->self, epx_ll_dispatch(t->buffer, &d, NULL, &t->handle)) ||
+        !XT_OK(t->self, epx_ll_combine(t->handle, &c, NULL)))
+        return false;
+    check_out(t, base, from, when);
+    return true;
+}
+
+/* The last rank comes after the others have given it up. Its tokens were never taken, so nothing came back for them:
+ * what lies in the slot is of an earlier call. */
+static void body_late(xt_rank_t *self)
+{
+    trip_t t;
+    int late = self->ranks - 1;
+    unsigned all = (1u << self->ranks) - 1, mine = 1u << self->rank;
+    if (!trip_open(self, &t, 2, true))
+        return;
+    bool good = whole(&t, 1, PATIENT_MS, all, "call 1") && whole(&t, 8, PATIENT_MS, all, "call 2");
+    if (good && self->rank == late) {
+        xt_wait_mark(self, 0, late);
+        good = whole(&t, 16, PATIENT_MS, mine, "late call");
+    } else if (good) {
+        good = whole(&t, 16, IMPATIENT_MS, all & ~(1u << late), "call without the late rank");
+        int32_t masked[RANKS_MOST] = {0};
+        XT_CHECK(self, epx_ll_mask_get(t.buffer, masked) == EPX_OK && masked[late], "the late rank is not masked");
+        xt_mark(self, 0);
+        /* The slot of the call without it: nothing more comes once the late rank has said so. */
+        xt_wait_mark(self, 1, 1);
+        good = good && whole(&t, 32, PATIENT_MS, all & ~(1u << late), "call 4") &&
+               whole(&t, 64, PATIENT_MS, all & ~(1u << late), "call 5, the same slot");
+    }
+    if (self->rank == late)
+        xt_mark(self, 1);
+    xt_mark(self, 2);
+    xt_wait_mark(self, 2, self->ranks); /* or the others would wait for one that has gone */
+    epx_buffer_destroy(t.buffer);
+}
+
+/* The caller masks a rank after it was sent to: it may still write into that slot, which must not be used again. */
+static void body_masked_between(xt_rank_t *self)
+{
+    trip_t t;
+    if (!trip_open(self, &t, 1, false))
+        return;
+    epx_ll_dispatch_t d = dispatch_args(&t, PATIENT_MS);
+    epx_ll_combine_t c = combine_args(&t, 4, PATIENT_MS);
+    if (self->rank == 1)
+        xt_wait_mark(self, 0, 1);
+    XT_OK(self, epx_ll_dispatch_send(t.buffer, &d, NULL, &t.handle));
+    if (self->rank == 0)
+        XT_OK(self, epx_ll_mask_set(t.buffer, 1, 1, NULL));
+    XT_OK(self, epx_ll_dispatch_recv(t.handle, NULL));
+    if (self->rank == 1)
+        xt_wait_mark(self, 1, 1);
+    XT_OK(self, epx_ll_combine(t.handle, &c, NULL));
+    if (self->rank == 0) {
+        check_out(&t, 4, 1, "masked between the halves");
+        xt_mark(self, 0);
+        epx_status_t status = epx_ll_dispatch_send(t.buffer, &d, NULL, &t.handle);
+        XT_CHECK(self, status == EPX_E_BUSY && strstr(epx_error_detail(), "rank 1"), "%s: %s",
+                 epx_status_name(status), epx_error_detail());
+        xt_mark(self, 1);
+        xt_wait_mark(self, 2, 1);
+        whole(&t, 4, PATIENT_MS, 1, "the slot again");
+    } else {
+        check_out(&t, 4, 2, "at the masked rank");
+        xt_mark(self, 2);
+    }
+    xt_mark(self, 3);
+    xt_wait_mark(self, 3, 2);
+    epx_buffer_destroy(t.buffer);
+}
+
+int main(int argc, char **argv)
+{
+    const char *part = argc > 1 ? argv[1] : "";
+    xt_run_t runs[] = {
+        {.name = "late rank", .ranks = 3, .body = body_late},
+        {.name = "masked between halves", .ranks = 2, .body = body_masked_between},
+    };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        runs[i].threads = 1;
+        runs[i].limit_ms = 30000;
+        if (strstr(runs[i].name, part))
+            xt_run(&runs[i]);
+    }
+    return xt_done();
+}
