@@ -61,6 +61,33 @@ EPX__DEVICE uint32_t add_acq_rel_gpu_u32(uint32_t *p, uint32_t v)
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
     return old;
 }
+/* Add, and order nothing: fences stand around it. */
+EPX__DEVICE uint32_t add_relaxed_gpu_u32(uint32_t *p, uint32_t v)
+{
+    uint32_t old;
+    asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+/* Two words that travel as one: who sees the first sees the second. 16-byte aligned. */
+typedef struct epx__pair {
+    uint64_t first, second;
+} epx__pair_t;
+
+EPX__DEVICE void st_relaxed_sys_pair(void *p, uint64_t first, uint64_t second)
+{
+    asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(p), "l"(first),
+                 "l"(second)
+                 : "memory");
+}
+EPX__DEVICE epx__pair_t ld_relaxed_sys_pair(const void *p)
+{
+    epx__pair_t v;
+    asm volatile("{ .reg .b128 v; ld.relaxed.sys.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
+                 : "=l"(v.first), "=l"(v.second)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
 EPX__DEVICE void fence_acq_rel_sys(void)
 {
     asm volatile("fence.acq_rel.sys;" ::: "memory");

@@ -8,6 +8,7 @@
  * Across hosts a fabric handle would travel in epx__export_t.blob, for GPUs of one NVLink domain that spans them. The
  * seam is there (window_map with fd -1); it is not built: no such machine could be tried.
  */
+#include <pthread.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -15,11 +16,17 @@
 #include "base/fail.h"
 #include "device/cuda/cuda_device.h"
 
-/* What a window keeps beside its address. */
+/* What a window keeps beside its address. All of this process are in a list. */
 typedef struct backing {
+    struct backing *next;
     CUmemGenericAllocationHandle handle;
+    CUdeviceptr base;
     int ordinal;
+    uint64_t access; /* bit d: GPU d may use it */
 } backing_t;
+
+static pthread_mutex_t backings_lock = PTHREAD_MUTEX_INITIALIZER;
+static backing_t *backings;
 
 static const epx__cuda_driver_t *driver(void)
 {
@@ -219,9 +226,28 @@ static epx_status_t window_alloc(epx__device_t *device, size_t bytes, epx__windo
         status = alloc_on((epx__cuda_device_t *)device, bytes, backing, window);
         epx__cuda_leave(device->ordinal, before);
     }
-    if (status != EPX_OK)
+    if (status != EPX_OK) {
         epx__free(backing);
-    return status;
+        return status;
+    }
+    backing->base = (CUdeviceptr)window->base;
+    backing->access = 1ull << (device->ordinal & 63);
+    pthread_mutex_lock(&backings_lock);
+    backing->next = backings;
+    backings = backing;
+    pthread_mutex_unlock(&backings_lock);
+    return EPX_OK;
+}
+
+static void forget(const backing_t *backing)
+{
+    pthread_mutex_lock(&backings_lock);
+    backing_t **at = &backings;
+    while (*at && *at != backing)
+        at = &(*at)->next;
+    if (*at)
+        *at = backing->next;
+    pthread_mutex_unlock(&backings_lock);
 }
 
 /* `device` may be another rank's of this process: what is needed is in the window. */
@@ -232,6 +258,7 @@ static void window_free(epx__device_t *device, epx__window_t *window)
     (void)device;
     if (!window->base || epx__cuda_enter(backing->ordinal, &before) != EPX_OK)
         return;
+    forget(backing);
     unmap_handle((CUdeviceptr)window->base, window->bytes);
     driver()->mem_release(backing->handle);
     epx__cuda_leave(backing->ordinal, before);
@@ -292,12 +319,32 @@ static void window_unmap(epx__device_t *device, const epx__export_t *export_, vo
     epx__cuda_leave(device->ordinal, before);
 }
 
+/* Let this GPU use a window of this process. Once each: changing the mapping again while others use it makes them fail.
+ */
+static CUresult share_inside(const epx__export_t *export_, int ordinal)
+{
+    CUresult result = CUDA_ERROR_INVALID_VALUE;
+    uint64_t bit = 1ull << (ordinal & 63);
+    pthread_mutex_lock(&backings_lock);
+    backing_t *backing = backings;
+    while (backing && backing->base != (CUdeviceptr)export_->pointer)
+        backing = backing->next;
+    if (backing && backing->access & bit) {
+        result = CUDA_SUCCESS;
+    } else if (backing) {
+        result = give_access(backing->base, (size_t)export_->bytes, ordinal);
+        backing->access |= result == CUDA_SUCCESS ? bit : 0;
+    }
+    pthread_mutex_unlock(&backings_lock);
+    return result;
+}
+
 /* The exporter's pointer, once this GPU may access it. */
 static epx_status_t window_attach(epx__device_t *device, const epx__export_t *export_, void **mapped)
 {
     int before;
     EPX__TRY(epx__cuda_enter(device->ordinal, &before));
-    CUresult result = give_access((CUdeviceptr)export_->pointer, (size_t)export_->bytes, device->ordinal);
+    CUresult result = share_inside(export_, device->ordinal);
     epx_status_t status = result == CUDA_SUCCESS ? EPX_OK : out_of_reach(result, device->ordinal);
     epx__cuda_leave(device->ordinal, before);
     if (status == EPX_OK)

@@ -40,24 +40,19 @@ EPX__DEVICE uint64_t ring_of(const ht_combine_t &p, int peer)
     return p.ring_offset + p.ring_bytes * (uint64_t)(peer < p.c.rank ? peer : peer - 1);
 }
 
-EPX__DEVICE bool publish_x(const ht_combine_t &p, uint64_t n)
+/* Words of the message, after the shape. An offset of 0: pushed into the reader's ring. */
+enum { WORD_SHAPE, WORD_X, WORD_STRIDE, WORD_WEIGHTS, WORD_RING, WORDS };
+
+EPX__DEVICE void publish_x(const ht_combine_t &p, uint64_t n, uint64_t consumed)
 {
     const ht_common_t &c = p.c;
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
         if (r == c.rank)
             continue;
-        epx__message_t *m = ht_slot(c, n, r);
-        if (!m)
-            return false;
-        m->x = p.x_offset;
-        m->x_stride = p.x_stride;
-        m->weights = p.weights_offset;
-        m->ring = ring_of(p, r);
-        m->ring_rows = p.ring_rows;
-        m->spare[0] = p.batch;
-        st_release_sys_u64(&m->sequence, n);
+        uint64_t words[WORDS] = {c.shape, p.x_offset, p.x_stride, p.weights_offset, ring_of(p, r)};
+        if (!ht_post_packets(c, n, r, r == (int)threadIdx.x ? consumed : 0, words, WORDS))
+            return;
     }
-    return true;
 }
 
 EPX__DEVICE bool read_source(const ht_combine_t &p, uint64_t n, int r, ht_source_t *s)
@@ -72,13 +67,13 @@ EPX__DEVICE bool read_source(const ht_combine_t &p, uint64_t n, int r, ht_source
         s->weights = p.weights;
         return true;
     }
-    const epx__message_t *m = ht_message(c, n, r);
-    if (!m)
+    uint64_t words[WORDS];
+    if (!ht_read_packets(c, n, r, words, WORDS))
         return false;
-    uint64_t x = ld_relaxed_sys_u64(&m->x), weights = ld_relaxed_sys_u64(&m->weights);
+    uint64_t x = words[WORD_X], weights = words[WORD_WEIGHTS];
     char *ring = c.window + ring_of(p, r);
     s->x = x ? c.peers[r] + x : ring;
-    s->x_stride = x ? ld_relaxed_sys_u64(&m->x_stride) : p.row_bytes;
+    s->x_stride = x ? words[WORD_STRIDE] : p.row_bytes;
     s->x_ring = x ? 0 : (uint32_t)p.ring_rows;
     s->weights = (const float *)(weights ? c.peers[r] + weights : ring + p.ring_weights);
     s->w_ring = p.weights && !weights ? (uint32_t)p.ring_rows : 0;
@@ -87,28 +82,25 @@ EPX__DEVICE bool read_source(const ht_combine_t &p, uint64_t n, int r, ht_source
 
 /* ---- pushing ---- */
 
+/* All ranks cut their rings alike, so rows in a ring and rows of a batch are mine as well as the owner's. */
 __device__ bool push_flow(const ht_combine_t &p, uint64_t n, int to, ht_flow_t *f)
 {
     const ht_common_t &c = p.c;
-    int ok = 1;
-    if (threadIdx.x % 32 == 0)
-        ok = ht_message(c, n, to) != NULL;
-    if (!__shfl_sync(0xffffffffu, ok, 0))
+    uint64_t words[WORDS];
+    if (!ht_read_packets(c, n, to, words, WORDS))
         return false;
-    const epx__message_t *m = mail_at(c, c.window, to, n);
-    char *ring = c.peers[to] + ld_relaxed_sys_u64(&m->ring);
-    uint32_t rows = (uint32_t)ld_relaxed_sys_u64(&m->ring_rows);
+    char *ring = c.peers[to] + words[WORD_RING];
     f->peer = to;
     f->rows = (uint32_t)p.h.matrix[(size_t)to * (uint32_t)c.ranks + (uint32_t)c.rank];
-    f->batch = (uint32_t)ld_relaxed_sys_u64(&m->spare[0]);
+    f->batch = p.batch;
     f->gate = take_words(c, c.window, to);
-    f->gate_lag = rows / f->batch;
+    f->gate_lag = (uint32_t)p.ring_rows / p.batch;
     f->publish = put_words(c, c.peers[to], c.rank);
     f->counts = c.produced + (size_t)to * HT_WORDS;
     f->from_first = (uint64_t)(uint32_t)p.h.start[to];
     f->from_ring = 0;
     f->to_first = 0;
-    f->to_ring = rows;
+    f->to_ring = (uint32_t)p.ring_rows;
     f->x = p.x;
     f->x_to = ring;
     f->x_bytes = pushes_x(p) ? p.row_bytes : 0;
@@ -161,17 +153,34 @@ EPX__DEVICE bool row_ready(const ht_combine_t &p, const ht_source_t *sources, ui
     return wait ? ht_wait(p.c, n, word, want, k.rank, HT_STAGE_ARRIVAL) : ld_acquire_sys_u64(word) >= want;
 }
 
-/* Lane: its pushed row's chunk has been read. */
-EPX__DEVICE void row_read(const ht_combine_t &p, const ht_source_t *sources, uint64_t n, ht_pick_t k)
+/* Rows of that rank pass through a ring that is too small for all of them: it waits for room. */
+EPX__DEVICE bool wants_credit(const ht_combine_t &p, const ht_source_t &s)
 {
-    if (k.rank < 0 || k.rank == p.c.rank)
-        return;
-    const ht_source_t &s = sources[k.rank];
-    if ((s.x_ring == 0 && s.w_ring == 0) || s.rows <= p.ring_rows)
-        return; /* it fits as a whole: nobody waits for room */
-    uint32_t b = ((uint32_t)k.row - s.first) / p.batch;
-    count_batch(p.c.consumed + (size_t)k.rank * HT_WORDS, take_words(p.c, p.c.peers[k.rank], p.c.rank), n, b,
-                batch_total(s.rows, p.batch, b, p.cut.chunks));
+    return (s.x_ring != 0 || s.w_ring != 0) && s.rows > p.ring_rows;
+}
+
+/* For the announcing warp: one item of one adding warp has been read. */
+typedef struct ht_added {
+    const ht_combine_t *p;
+    const ht_source_t *sources;
+} ht_added_t;
+
+EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, uint32_t i)
+{
+    const ht_combine_t &p = *x.p;
+    uint32_t blocks = gridDim.x - p.push_blocks;
+    uint64_t item = (uint64_t)warp * blocks + blockIdx.x - p.push_blocks + (uint64_t)i * blocks * p.cut.warps;
+    for (uint32_t slot = 0; slot < p.h.slots; slot++) {
+        ht_pick_t k = pick_at(p, item, slot);
+        if (k.rank < 0)
+            break;
+        const ht_source_t &s = x.sources[k.rank];
+        if (k.rank == p.c.rank || !wants_credit(p, s))
+            continue;
+        uint32_t b = ((uint32_t)k.row - s.first) / p.batch;
+        count_batch(p.c.consumed + (size_t)k.rank * HT_WORDS, take_words(p.c, p.c.peers[k.rank], p.c.rank), n, b,
+                    batch_total(s.rows, p.batch, b, p.cut.chunks));
+    }
 }
 
 /* Warp: start loading the item's rows, lane j's into buffer j of stage i. */
@@ -285,96 +294,142 @@ EPX__DEVICE void add_weights(const ht_combine_t &p, const ht_source_t *sources, 
     p.out_weights[item / p.cut.chunks * p.topk + lane] = sum;
 }
 
-/* Warp: all its items through the stages, one loaded ahead where its rows have come. */
-template <int dtype>
-EPX__DEVICE bool add_items(const ht_combine_t &p, const ht_source_t *sources, ht_stages_t &s, uint64_t n, uint32_t w,
-                           uint32_t warps)
+/* An adding warp. */
+typedef struct ht_adder {
+    const ht_source_t *sources;
+    ht_block_t *b;
+    uint32_t w, warps;
+    bool credit; /* somebody waits for what has been read */
+} ht_adder_t;
+
+/* Warp: load items ahead into free stages, as far as their rows have come. `from` is the next to be added: that one is
+ * waited for. Returns how many have been loaded so far; UINT64_MAX: stop. counts: rows of each stage's item, 8 bits
+ * each. */
+EPX__DEVICE uint64_t load_ahead(const ht_combine_t &p, const ht_adder_t &x, const ht_stages_t &s, uint64_t loaded,
+                                uint64_t from, uint32_t *counts)
 {
-    uint32_t lane = threadIdx.x % 32, i = 0;
     uint64_t items = (uint64_t)p.tokens * p.cut.chunks;
-    ht_pick_t next = {-1, -1};
-    bool loaded = false;
-    for (uint64_t item = w, ahead; item < items; item = ahead, i ^= 1) {
-        ahead = item + warps;
-        ht_pick_t k = loaded ? next : pick_at(p, item, lane);
+    for (; loaded < from + p.cut.stages; loaded++) {
+        uint64_t item = x.w + loaded * x.warps;
+        if (item >= items)
+            break;
+        uint32_t i = (uint32_t)(loaded % p.cut.stages);
+        ht_pick_t k = pick_at(p, item, threadIdx.x % 32);
+        if (!__all_sync(0xffffffffu, row_ready(p, x.sources, x.b->n, k, loaded == from))) {
+            if (loaded == from)
+                return UINT64_MAX;
+            break;
+        }
         uint32_t rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, k.rank >= 0));
-        if (!loaded) {
-            if (!__all_sync(0xffffffffu, row_ready(p, sources, n, k, true)))
-                return false;
-            pull_item(p, sources, s, i, item, k);
-        }
-        loaded = false;
-        if (ahead < items) {
-            next = pick_at(p, ahead, lane);
-            loaded = __all_sync(0xffffffffu, row_ready(p, sources, n, next, false)) != 0;
-            if (loaded)
-                pull_item(p, sources, s, i ^ 1, ahead, next);
-        }
+        *counts = (*counts & ~(0xffu << 8 * i)) | rows << 8 * i;
+        pull_item(p, x.sources, s, i, item, k);
+    }
+    return loaded;
+}
+
+template <int dtype>
+EPX__DEVICE bool add_items(const ht_combine_t &p, const ht_adder_t &x, ht_stages_t &s)
+{
+    uint64_t items = (uint64_t)p.tokens * p.cut.chunks, loaded = 0;
+    uint32_t counts = 0;
+    for (uint64_t done = 0; x.w + done * x.warps < items; done++) {
+        uint64_t item = x.w + done * x.warps;
+        uint32_t i = (uint32_t)(done % p.cut.stages);
+        loaded = load_ahead(p, x, s, loaded, done, &counts);
+        if (loaded == UINT64_MAX)
+            return false;
         stage_wait(s, i);
-        add_staged<dtype>(p, stage_at(s, i), rows, item);
-        add_weights(p, sources, item);
+        add_staged<dtype>(p, stage_at(s, i), counts >> 8 * i & 0xffu, item);
+        add_weights(p, x.sources, item);
+        if (x.credit)
+            tell_progress(x.b, (uint32_t)done + 1);
         __syncwarp();
-        row_read(p, sources, n, k);
     }
     return true;
 }
 
 template <int dtype>
-EPX__DEVICE bool add_items_plain(const ht_combine_t &p, const ht_source_t *sources, uint64_t n, uint32_t w,
-                                 uint32_t warps)
+EPX__DEVICE bool add_items_plain(const ht_combine_t &p, const ht_adder_t &x)
 {
-    uint32_t lane = threadIdx.x % 32;
+    uint32_t lane = threadIdx.x % 32, done = 0;
     uint64_t items = (uint64_t)p.tokens * p.cut.chunks;
-    for (uint64_t item = w; item < items; item += warps) {
+    for (uint64_t item = x.w; item < items; item += x.warps) {
         bool ok = true;
         for (uint32_t j = lane; j < p.h.slots && ok; j += 32)
-            ok = row_ready(p, sources, n, pick_at(p, item, j), true);
+            ok = row_ready(p, x.sources, x.b->n, pick_at(p, item, j), true);
         if (!__all_sync(0xffffffffu, ok))
             return false;
-        add_plain<dtype>(p, sources, item);
-        add_weights(p, sources, item);
-        __syncwarp();
-        for (uint32_t j = lane; j < p.h.slots; j += 32)
-            row_read(p, sources, n, pick_at(p, item, j));
+        add_plain<dtype>(p, x.sources, item);
+        add_weights(p, x.sources, item);
+        if (x.credit)
+            tell_progress(x.b, ++done);
     }
     return true;
+}
+
+EPX__DEVICE bool any_credit(const ht_combine_t &p, const ht_source_t *sources)
+{
+    bool credit = false;
+    for (int r = (int)threadIdx.x % 32; r < p.c.ranks; r += 32)
+        credit = credit || (r != p.c.rank && wants_credit(p, sources[r]));
+    return __any_sync(0xffffffffu, credit) != 0;
 }
 
 template <int dtype>
 EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
     ht_source_t *sources = (ht_source_t *)(shared + p.cut.table_offset);
-    uint32_t blocks = gridDim.x - p.push_blocks, warps = blocks * p.cut.warps;
-    uint32_t w = threadIdx.x / 32 * blocks + blockIdx.x - p.push_blocks;
+    uint32_t blocks = gridDim.x - p.push_blocks;
     bool ok = true;
     for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
         ok = read_source(p, b->n, r, &sources[r]);
     if (!__syncthreads_and(ok))
         return;
+    ht_adder_t x = {sources, b, threadIdx.x / 32 * blocks + blockIdx.x - p.push_blocks, blocks * p.cut.warps,
+                    any_credit(p, sources)};
+    if (threadIdx.x / 32 >= p.cut.warps) {
+        ht_added_t added = {&p, sources};
+        if (x.credit)
+            announce<ht_added_t, account_added>(added, b, p.cut.warps);
+        return;
+    }
     if (EPX__BULK && p.slots_bulk) {
         ht_stages_t s = stages_init(p.cut, shared);
-        add_items<dtype>(p, sources, s, b->n, w, warps);
+        add_items<dtype>(p, x, s);
     } else {
-        add_items_plain<dtype>(p, sources, b->n, w, warps);
+        add_items_plain<dtype>(p, x);
+    }
+    tell_ended(b);
+}
+
+EPX__DEVICE void push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
+{
+    if (threadIdx.x / 32 < p.cut.warps) {
+        ht_stages_t s = stages_init(p.cut, shared);
+        flows_run<ht_combine_t, push_flow>(p, s, b, threadIdx.x / 32 * p.push_blocks + blockIdx.x,
+                                           p.push_blocks * p.cut.warps, (uint32_t *)(shared + p.cut.table_offset));
+        tell_ended(b);
+    } else {
+        flows_announce<ht_combine_t, push_flow>(p, b, blockIdx.x, p.push_blocks);
     }
 }
 
 template <int dtype>
-__global__ void __launch_bounds__(HT_WARPS_MAX * 32, 1) ht_combine_kernel(const __grid_constant__ ht_combine_t p)
+__global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_combine_kernel(const __grid_constant__ ht_combine_t p)
 {
     extern __shared__ __align__(128) char shared[];
     __shared__ ht_block_t b;
+    uint64_t consumed = 0;
+    if (blockIdx.x == 0 && threadIdx.x < (uint32_t)p.c.ranks)
+        consumed = ld_acquire_sys_u64(&words_at(p.c, p.c.window, (int)threadIdx.x)->consumed);
     if (!ht_enter(p.c, &b))
         return;
     if (blockIdx.x == 0)
-        publish_x(p, b.n);
-    if (blockIdx.x < p.push_blocks) {
-        ht_stages_t s = stages_init(p.cut, shared);
-        flows_run<ht_combine_t, push_flow>(p, s, b.n, threadIdx.x / 32 * p.push_blocks + blockIdx.x,
-                                           p.push_blocks * p.cut.warps, (uint32_t *)(shared + p.cut.table_offset));
-    } else {
+        publish_x(p, b.n, consumed);
+    if (blockIdx.x < p.push_blocks)
+        push_block(p, &b, shared);
+    else
         add_block<dtype>(p, &b, shared);
-    }
     bulk_wait_done();
     fence_proxy_async();
     if (!ht_last_block(p.c, &b))
@@ -397,7 +452,7 @@ extern "C" int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, vo
 {
     ht_combine_t params = *p;
     void *arguments[] = {&params};
-    return (int)cudaLaunchKernel(combine_kernel(p->dtype), dim3(blocks), dim3(p->cut.warps * 32), arguments,
+    return (int)cudaLaunchKernel(combine_kernel(p->dtype), dim3(blocks), dim3(p->cut.warps * 32 + 32), arguments,
                                  p->cut.total_bytes, (cudaStream_t)stream);
 }
 

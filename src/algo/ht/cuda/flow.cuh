@@ -97,23 +97,71 @@ EPX__DEVICE uint32_t batch_total(uint32_t rows, uint32_t batch, uint32_t b, uint
     return (left < batch ? left : batch) * times;
 }
 
-/* One thread: one more of batch b is done; the last one publishes. What this thread did before is seen with the word.
+/*
+ * One thread: one more of batch b is done; the last one publishes. Fences are the caller's before (what is told must be
+ * written for all) and this function's after.
  */
 EPX__DEVICE void count_batch(uint32_t *counts, uint64_t *publish, uint64_t n, uint32_t b, uint32_t total)
 {
-    fence_proxy_async();
-    if (add_acq_rel_gpu_u32(&counts[b % HT_WORDS], 1) != total - 1)
+    if (add_relaxed_gpu_u32(&counts[b % HT_WORDS], 1) != total - 1)
         return;
     counts[b % HT_WORDS] = 0;
     fence_acq_rel_sys();
-    fence_proxy_async();
-    st_release_sys_u64(&publish[b % HT_WORDS], batch_word(n, b));
+    st_relaxed_sys_u64(&publish[b % HT_WORDS], batch_word(n, b));
 }
 
 EPX__DEVICE void flow_count(const ht_flow_t &f, uint64_t n, uint32_t p)
 {
     uint32_t b = p / f.batch;
     count_batch(f.counts, f.publish, n, b, batch_total(f.rows, f.batch, b, 1));
+}
+
+/* ---- the announcing warp ---- */
+
+/*
+ * A fence waits for all stores of the SM, so it must not stand in every warp's way after every row. Each worker warp
+ * only says in shared memory how many of its items are done; one more warp of the block makes one fence for all that
+ * has come together meanwhile, and counts.
+ */
+EPX__DEVICE void tell_progress(ht_block_t *b, uint32_t done)
+{
+    fence_proxy_async(); /* what the engine wrote, before what is said about it */
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        __threadfence_block();
+        *(volatile uint32_t *)&b->progress[threadIdx.x / 32] = done;
+    }
+}
+EPX__DEVICE void tell_ended(ht_block_t *b)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        __threadfence_block();
+        atomicAdd(&b->ended, 1u);
+    }
+}
+
+/* Lane i follows warp i. account(context, n, warp, item number) counts one done item. Ends after the workers. */
+template <typename context_t, void (*account)(const context_t &, uint64_t, uint32_t, uint32_t)>
+__device__ void announce(const context_t &context, ht_block_t *b, uint32_t workers)
+{
+    uint32_t lane = threadIdx.x % 32, done = 0;
+    for (;;) {
+        bool over = __all_sync(0xffffffffu, *(volatile uint32_t *)&b->ended == workers) != 0;
+        __threadfence_block();
+        uint32_t ready = lane < workers ? *(volatile uint32_t *)&b->progress[lane] : 0;
+        if (__any_sync(0xffffffffu, ready > done)) {
+            fence_proxy_async();
+            fence_acq_rel_sys();
+            for (; done < ready; done++)
+                account(context, b->n, lane, done);
+            __syncwarp();
+        } else if (over) {
+            return;
+        } else {
+            __nanosleep(100);
+        }
+    }
 }
 
 /* Warp: everything but the payload. */
@@ -161,104 +209,175 @@ EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_
 #endif
 }
 
+/* Which peers a warp serves, and which of their rows: every `step`-th from `own` on. */
+typedef struct ht_share {
+    uint32_t first, next; /* peers first, first + next, ... in the list of peers */
+    uint32_t own, step;
+    bool several; /* peers this warp may have to serve: it counts rows itself */
+} ht_share_t;
+
+EPX__DEVICE ht_share_t share_of(uint32_t w, uint32_t warps, uint32_t peers)
+{
+    ht_share_t s = {w, warps, 0, 1, true};
+    if (warps >= peers) {
+        s.first = w % peers;
+        s.next = peers;
+        s.own = w / peers;
+        s.step = (warps - s.first + peers - 1) / peers;
+        s.several = false;
+    }
+    return s;
+}
+EPX__DEVICE int peer_at(const ht_common_t &c, uint32_t i)
+{
+    return (int)(i < (uint32_t)c.rank ? i : i + 1);
+}
+
+/* A warp on its flows. */
+typedef struct ht_runner {
+    ht_block_t *b;
+    ht_share_t share;
+    uint32_t turn; /* of the stages */
+    uint32_t done; /* rows moved, in all */
+} ht_runner_t;
+
+/* Warp: its rows but the newest are written. Tell, or count them itself. */
+EPX__DEVICE void rows_written(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
+{
+    if (!f.publish)
+        return;
+    if (!r.share.several) {
+        tell_progress(r.b, r.done);
+    } else {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            fence_proxy_async();
+            fence_acq_rel_sys();
+            flow_count(f, r.b->n, last);
+        }
+    }
+}
+
 /* Warp: as many rows as the gate lets through, from *cursor on in steps. True if any. */
-EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, uint32_t &turn, uint64_t n,
-                            uint32_t *cursor, uint32_t step)
+EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r, uint32_t *cursor)
 {
     uint32_t p = *cursor, last = 0;
     bool moved = false;
-    while (p < f.rows) {
-        bool open = gate_open(f, n, p);
-        if (!__all_sync(0xffffffffu, open))
+    for (; p < f.rows; p += r.share.step) {
+        if (!__all_sync(0xffffffffu, gate_open(f, r.b->n, p)))
             break;
         flow_move_parts(f, p);
         if (f.x_bytes)
-            flow_move_x(f, cut, s, turn, p);
-        __syncwarp();
-        if (f.publish && threadIdx.x % 32 == 0 && moved) {
-            /* The row before is written by now, but for the newest group. Rows of several chunks: all but one group. */
+            flow_move_x(f, cut, s, r.turn, p);
+        if (f.publish && moved) { /* the row before is written by now, but for the newest group */
             bulk_wait_done_but_1();
-            flow_count(f, n, last);
+            rows_written(f, r, last);
         }
         last = p;
         moved = true;
-        p += step;
+        r.done++;
     }
-    if (f.publish && moved && threadIdx.x % 32 == 0) {
+    if (f.publish && moved) {
         bulk_wait_done();
-        flow_count(f, n, last);
+        rows_written(f, r, last);
     }
     __syncwarp();
     *cursor = p;
     return moved;
 }
 
+/* All lanes: is it over, after so many rounds in which nothing moved? */
+EPX__DEVICE bool flows_stuck(const ht_common_t &c, uint64_t n, const ht_flow_t &f, int waiting, uint32_t rounds,
+                             uint64_t *idle_since)
+{
+    int stop = 0;
+    if (threadIdx.x % 32 == 0 && (rounds & 7) == 0) {
+        uint64_t now = globaltimer_ns();
+        *idle_since = *idle_since ? *idle_since : now;
+        if (now - *idle_since > c.timeout_ns) {
+            ht_fault_t fault = {EPX_E_TIMEOUT, HT_STAGE_ARRIVAL, waiting, 0, 0, now - *idle_since};
+            if (f.gate_lag)
+                fault.stage = HT_STAGE_CREDIT;
+            ht_fail(c, n, fault);
+        }
+        stop = ht_stopped(c, n, (rounds & 1023) == 0);
+    }
+    return __shfl_sync(0xffffffffu, stop, 0) != 0;
+}
+
 /*
- * Warp `w` of `warps`: its share of the flows with all peers. make(p, n, peer, &flow) fills in a flow; false: stop.
- * `cursors`: shared memory, [ranks].
+ * Warp `w` of `warps`: its share of the flows with all peers. make(p, n, peer, &flow) fills in a flow, by any lanes;
+ * false: stop. `cursors`: shared memory, [ranks].
  */
 template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *)>
-__device__ bool flows_run(const params_t &p, ht_stages_t &s, uint64_t n, uint32_t w, uint32_t warps, uint32_t *cursors)
+__device__ bool flows_run(const params_t &p, ht_stages_t &s, ht_block_t *b, uint32_t w, uint32_t warps,
+                          uint32_t *cursors)
 {
     const ht_common_t &c = p.c;
-    uint32_t peers = (uint32_t)c.ranks - 1, mine = w % warps, step = 1, own = 0, turn = 0;
-    bool shared = warps >= peers; /* several warps a peer: one cursor in a register */
+    uint32_t peers = (uint32_t)c.ranks - 1, alone = 0;
     if (peers == 0)
         return true;
-    if (shared) {
-        mine = w % peers;
-        own = w / peers;
-        step = (warps - mine + peers - 1) / peers;
-    } else {
-        for (uint32_t i = w + threadIdx.x % 32 * warps; i < peers; i += 32 * warps)
-            cursors[i] = 0;
-        __syncwarp();
-    }
+    ht_runner_t r = {b, share_of(w, warps, peers), 0, 0};
+    for (uint32_t i = r.share.first + threadIdx.x % 32 * r.share.next; r.share.several && i < peers;
+         i += 32 * r.share.next)
+        cursors[i] = 0;
+    __syncwarp();
     ht_flow_t f;
     f.peer = -1;
     uint64_t idle_since = 0;
+    alone = r.share.own; /* the cursor of a warp with one peer */
     for (uint32_t rounds = 1;; rounds++) {
         bool left = false, moved = false;
         int waiting = -1;
-        for (uint32_t i = mine; i < peers; i += shared ? peers : warps) {
-            int peer = (int)(i < (uint32_t)c.rank ? i : i + 1);
-            if (f.peer != peer && !make(p, n, peer, &f))
+        for (uint32_t i = r.share.first; i < peers; i += r.share.next) {
+            int peer = peer_at(c, i);
+            if (f.peer != peer && !__all_sync(0xffffffffu, make(p, b->n, peer, &f)))
                 return false;
-            uint32_t cursor = shared ? own : cursors[i];
+            uint32_t cursor = r.share.several ? cursors[i] : alone;
             if (cursor >= f.rows)
                 continue;
-            moved = flow_drain(f, p.cut, s, turn, n, &cursor, step) || moved;
+            moved = flow_drain(f, p.cut, s, r, &cursor) || moved;
             left = left || cursor < f.rows;
             waiting = cursor < f.rows ? peer : waiting;
-            if (shared)
-                own = cursor;
-            else if (threadIdx.x % 32 == 0)
+            alone = cursor;
+            if (r.share.several && threadIdx.x % 32 == 0)
                 cursors[i] = cursor;
             __syncwarp();
         }
         if (!left)
-            break;
-        if (moved) {
+            return true;
+        if (moved)
             idle_since = 0;
-            continue;
-        }
-        int stop = 0;
-        if (threadIdx.x % 32 == 0 && (rounds & 7) == 0) {
-            uint64_t now = globaltimer_ns();
-            idle_since = idle_since ? idle_since : now;
-            if (now - idle_since > c.timeout_ns) {
-                ht_fault_t fault = {EPX_E_TIMEOUT, HT_STAGE_ARRIVAL, waiting, 0, 0, now - idle_since};
-                if (f.gate_lag)
-                    fault.stage = HT_STAGE_CREDIT;
-                ht_fail(c, n, fault);
-            }
-            stop = ht_stopped(c, n, (rounds & 1023) == 0);
-        }
-        if (__shfl_sync(0xffffffffu, stop, 0))
+        else if (flows_stuck(c, b->n, f, waiting, rounds, &idle_since))
             return false;
     }
-    bulk_wait_done();
-    return true;
+}
+
+/* What the announcing warp's lane knows about the warp it follows. */
+typedef struct ht_followed {
+    ht_flow_t f;
+    ht_share_t share;
+} ht_followed_t;
+
+EPX__DEVICE void account_row(const ht_followed_t &x, uint64_t n, uint32_t warp, uint32_t i)
+{
+    (void)warp;
+    flow_count(x.f, n, x.share.own + i * x.share.step);
+}
+
+/* Announcing warp beside flows_run; `first` and `blocks`: of the blocks that run flows. */
+template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *)>
+__device__ void flows_announce(const params_t &p, ht_block_t *b, uint32_t block, uint32_t blocks)
+{
+    uint32_t peers = (uint32_t)p.c.ranks - 1, lane = threadIdx.x % 32, warps = blocks * p.cut.warps;
+    if (peers == 0 || warps < peers)
+        return;
+    ht_followed_t x;
+    bool ok = true;
+    x.share = share_of((lane < p.cut.warps ? lane : 0) * blocks + block, warps, peers);
+    ok = make(p, b->n, peer_at(p.c, x.share.first), &x.f);
+    if (__all_sync(0xffffffffu, ok) && __any_sync(0xffffffffu, x.f.publish != NULL))
+        announce<ht_followed_t, account_row>(x, b, p.cut.warps);
 }
 
 #endif

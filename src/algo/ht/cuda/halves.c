@@ -208,26 +208,35 @@ epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle
 
 /* ---- rows ---- */
 
-/* Each warp has two stages of a whole row where that leaves enough warps; else rows go in equal chunks. */
+/* Lay the stages, their barriers and the table out; false when it is too much. */
+static bool lay_out(const ht_cuda_t *h, size_t table_bytes, ht_cut_t *cut)
+{
+    cut->bars_offset = cut->warps * cut->stages * cut->stage_bytes;
+    cut->table_offset = align_up(cut->bars_offset + cut->warps * cut->stages * 8u, 16);
+    size_t total = cut->table_offset + table_bytes;
+    cut->total_bytes = (uint32_t)total;
+    return total <= (size_t)h->shared_max;
+}
+
+static epx_status_t too_many_ranks(const ht_cuda_t *h)
+{
+    return epx__fail(EPX_E_UNSUPPORTED, "tables of %d ranks do not fit into a block's shared memory (%d bytes)",
+                     h->exchange->topology->ranks, h->shared_max);
+}
+
+/* As many warps as fit, each with one stage of a whole row; larger rows go in equal chunks. */
 static epx_status_t cut_rows(const ht_cuda_t *h, size_t row_bytes, uint32_t side_bulk, size_t table_bytes,
                              ht_cut_t *cut)
 {
     const uint32_t stage_most = 16384;
-    size_t left = (size_t)h->shared_max - 4096;
-    if (table_bytes + (size_t)4 * stage_most > left)
-        return epx__fail(EPX_E_UNSUPPORTED, "tables of %d ranks do not fit into a block's shared memory (%d bytes)",
-                         h->exchange->topology->ranks, h->shared_max);
-    left -= table_bytes;
     uint32_t chunks = (uint32_t)((row_bytes + side_bulk + stage_most - 1) / stage_most);
     uint32_t chunk = align_up((row_bytes + chunks - 1) / chunks, 16);
-    *cut = (ht_cut_t){.stages = 2, .chunk_bytes = chunk, .chunks = (uint32_t)((row_bytes + chunk - 1) / chunk)};
+    *cut = (ht_cut_t){.stages = 1, .chunk_bytes = chunk, .chunks = (uint32_t)((row_bytes + chunk - 1) / chunk)};
     cut->stage_bytes = align_up((uint64_t)chunk + side_bulk, 128);
-    cut->warps = (uint32_t)(left / (2ull * cut->stage_bytes));
-    cut->warps = cut->warps < HT_WARPS_MAX ? cut->warps : HT_WARPS_MAX;
-    cut->bars_offset = cut->warps * cut->stages * cut->stage_bytes;
-    cut->table_offset = align_up(cut->bars_offset + cut->warps * cut->stages * 8u, 16);
-    cut->total_bytes = (uint32_t)(cut->table_offset + table_bytes);
-    return EPX_OK;
+    cut->warps = HT_WARPS_MAX;
+    while (cut->warps > 0 && !lay_out(h, table_bytes, cut))
+        cut->warps--;
+    return cut->warps ? EPX_OK : too_many_ranks(h);
 }
 
 /* Rings for peers in the reserve: rows in one, and rows behind a progress word. */
@@ -321,33 +330,33 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
 
 /* ---- combine ---- */
 
-/* Each warp has two stages with a buffer for every row of a token. Many warps first, then large pieces. */
+/*
+ * Each warp has three stages with a buffer for every row of a token, so that two items are on their way while one is
+ * added. 16 warps if that leaves pieces of 1.5 KB, else fewer: smaller pieces cost more than warps gain.
+ */
 static epx_status_t cut_combine(const ht_cuda_t *h, size_t row_bytes, uint32_t slots, size_t table_bytes, ht_cut_t *cut,
                                 uint32_t *slots_bulk)
 {
-    const uint32_t chunk_most = 4096, chunk_good = 1024;
-    size_t left = (size_t)h->shared_max - 4096;
-    if (table_bytes + 65536 > left)
-        return epx__fail(EPX_E_UNSUPPORTED, "tables of %d ranks do not fit into a block's shared memory (%d bytes)",
-                         h->exchange->topology->ranks, h->shared_max);
-    left -= table_bytes;
+    const uint32_t chunk_most = 4096, chunk_good = 1536, stages = 3;
+    if (table_bytes + 65536 > (size_t)h->shared_max)
+        return too_many_ranks(h);
+    size_t left = (size_t)h->shared_max - table_bytes - HT_WARPS_MAX * stages * 8u - 16u;
     *slots_bulk = h->device->major >= 9 && slots <= HT_SLOTS_BULK ? slots : 0;
-    uint32_t buffers = *slots_bulk ? *slots_bulk : 1, warps = HT_WARPS_MAX;
-    while (warps > 4 && left / (2ull * warps * buffers) < chunk_good)
+    uint32_t buffers = stages * (*slots_bulk ? *slots_bulk : 1), warps = HT_WARPS_MAX;
+    while (warps > 4 && left / ((size_t)warps * buffers) < chunk_good)
         warps /= 2;
-    uint32_t chunk = (uint32_t)(left / (2ull * warps * buffers)) / 128 * 128;
+    uint32_t chunk = (uint32_t)(left / ((size_t)warps * buffers)) / 128 * 128;
     chunk = chunk < chunk_most ? chunk : chunk_most;
     uint32_t chunks = (uint32_t)((row_bytes + chunk - 1) / chunk);
     chunk = align_up((row_bytes + chunks - 1) / chunks, 16);
     *cut = (ht_cut_t){.warps = warps,
-                      .stages = 2,
-                      .stage_bytes = align_up((uint64_t)chunk * buffers, 128),
+                      .stages = stages,
+                      .stage_bytes = align_up((uint64_t)chunk * (buffers / stages), 128),
                       .chunk_bytes = chunk,
                       .chunks = (uint32_t)((row_bytes + chunk - 1) / chunk)};
-    cut->bars_offset = cut->warps * cut->stages * cut->stage_bytes;
-    cut->table_offset = align_up(cut->bars_offset + cut->warps * cut->stages * 8u, 16);
-    cut->total_bytes = (uint32_t)(cut->table_offset + table_bytes);
-    return EPX_OK;
+    while (cut->warps > 0 && !lay_out(h, table_bytes, cut))
+        cut->warps--;
+    return cut->warps ? EPX_OK : too_many_ranks(h);
 }
 
 /* The offset of memory in the window's lease part, 0 elsewhere. */

@@ -62,22 +62,19 @@ EPX__DEVICE uint64_t ring_offset(const ht_rows_t &p, int peer)
     return p.place_offset + (p.direct ? 0 : p.ring_bytes * (uint64_t)(peer < p.c.rank ? peer : peer - 1));
 }
 
-EPX__DEVICE bool publish_places(const ht_rows_t &p, uint64_t n)
+/* Words of the message, after the shape. */
+enum { WORD_SHAPE, WORD_PLACE, WORD_ROOM, WORDS }; /* room: capacity | direct << 40 | batch << 41 */
+
+EPX__DEVICE void publish_places(const ht_rows_t &p, uint64_t n, uint64_t consumed)
 {
     const ht_common_t &c = p.c;
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
         if (r == c.rank)
             continue;
-        epx__message_t *m = ht_slot(c, n, r);
-        if (!m)
-            return false;
-        m->direct = p.direct;
-        m->place = ring_offset(p, r);
-        m->capacity = p.capacity;
-        m->spare[0] = p.batch;
-        st_release_sys_u64(&m->sequence, n);
+        uint64_t words[WORDS] = {c.shape, ring_offset(p, r), p.capacity | p.direct << 40 | (uint64_t)p.batch << 41};
+        if (!ht_post_packets(c, n, r, r == (int)threadIdx.x ? consumed : 0, words, WORDS))
+            return;
     }
-    return true;
 }
 
 EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
@@ -95,14 +92,14 @@ EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
         d->room = UINT64_MAX;
         return true;
     }
-    const epx__message_t *m = ht_message(c, n, r);
-    if (!m)
+    uint64_t words[WORDS];
+    if (!ht_read_packets(c, n, r, words, WORDS))
         return false;
-    uint64_t capacity = ld_relaxed_sys_u64(&m->capacity);
-    place_pointers(p.row_shape, c.peers[r] + ld_relaxed_sys_u64(&m->place), capacity, d);
+    uint64_t capacity = words[WORD_ROOM] & ((1ull << 40) - 1);
+    place_pointers(p.row_shape, c.peers[r] + words[WORD_PLACE], capacity, d);
     d->room = capacity;
-    d->ring = ld_relaxed_sys_u64(&m->direct) ? 0 : (uint32_t)capacity;
-    d->batch = (uint32_t)ld_relaxed_sys_u64(&m->spare[0]);
+    d->ring = words[WORD_ROOM] >> 40 & 1 ? 0 : (uint32_t)capacity;
+    d->batch = (uint32_t)(words[WORD_ROOM] >> 41);
     if (d->rows == 0 || (d->ring ? capacity != 0 : d->first + (uint64_t)d->rows <= capacity))
         return true;
     ht_fault_t f = {EPX_E_OVERFLOW, HT_STAGE_OVERFLOW, r, capacity, d->first + (uint64_t)d->rows, 0};
@@ -174,16 +171,6 @@ EPX__DEVICE bool send_credit(const ht_rows_t &p, const ht_dest_t &d, uint64_t n,
     return ld_acquire_sys_u64(*word) >= *want;
 }
 
-EPX__DEVICE void send_count(const ht_rows_t &p, const ht_dest_t *dests, uint64_t n, ht_aim_t a)
-{
-    if (a.rank < 0 || dests[a.rank].batch == 0)
-        return;
-    const ht_dest_t &d = dests[a.rank];
-    uint32_t b = ((uint32_t)a.row - d.first) / d.batch;
-    count_batch(p.c.produced + (size_t)a.rank * HT_WORDS, put_words(p.c, p.c.peers[a.rank], p.c.rank), n, b,
-                batch_total(d.rows, d.batch, b, p.cut.chunks));
-}
-
 /* Lane: the payload chunk (and bulk side data) to its destination. */
 EPX__DEVICE void send_store(const ht_rows_t &p, const ht_dest_t &d, const ht_stages_t &s, uint32_t i, uint64_t item,
                             ht_aim_t a)
@@ -231,28 +218,45 @@ EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint64_t token)
     }
 }
 
+/* Lane k's choice of one token, loaded while the row is still on its way. */
+typedef struct ht_choice {
+    int64_t id;
+    float weight;
+} ht_choice_t;
+
+EPX__DEVICE ht_choice_t choice_at(const ht_rows_t &p, uint64_t item, uint32_t lane)
+{
+    ht_choice_t k = {-1, 0.0f};
+    size_t at = (size_t)(item / p.cut.chunks) * p.topk + lane;
+    if (!p.first || lane >= p.topk || item % p.cut.chunks != 0)
+        return k;
+    k.id = epx__topk_id(p.topk_idx, p.bits, at);
+    if (p.row_shape.weights)
+        k.weight = p.topk_weights[at];
+    return k;
+}
+
 /* Warp: ids as the destination sees them, their weights, and where the row came from. */
-EPX__DEVICE void send_ids(const ht_rows_t &p, const ht_dest_t &d, uint64_t row, uint64_t token, int rank)
+EPX__DEVICE void send_ids(const ht_rows_t &p, const ht_dest_t &d, uint64_t row, uint64_t token, int rank, ht_choice_t k)
 {
     uint32_t lane = threadIdx.x % 32;
     if (lane == 0 && d.src)
         ((int32_t *)d.src)[row] = (int32_t)token;
     if (lane >= p.topk || (!d.idx && !d.weights))
         return;
-    int64_t id = epx__topk_id(p.topk_idx, p.bits, token * p.topk + lane);
-    bool here = id >= 0 && id < (int64_t)p.map.experts && epx__expert_rank(&p.map, id) == rank;
-    int32_t local = here ? epx__expert_local(&p.map, id) : -1;
+    bool here = k.id >= 0 && k.id < (int64_t)p.map.experts && epx__expert_rank(&p.map, k.id) == rank;
+    int32_t local = here ? epx__expert_local(&p.map, k.id) : -1;
     uint64_t at = row * p.topk + lane;
     if (d.idx && p.bits == 32)
         ((int32_t *)d.idx)[at] = local;
     else if (d.idx)
         ((int64_t *)d.idx)[at] = local;
     if (d.weights)
-        ((float *)d.weights)[at] = here ? p.topk_weights[token * p.topk + lane] : 0.0f;
+        ((float *)d.weights)[at] = here ? k.weight : 0.0f;
 }
 
 /* Warp: what goes by ordinary stores, to each of (up to 32) destinations in turn. */
-EPX__DEVICE void send_rest(const ht_rows_t &p, const ht_dest_t *dests, uint64_t item, ht_aim_t a)
+EPX__DEVICE void send_rest(const ht_rows_t &p, const ht_dest_t *dests, uint64_t item, ht_aim_t a, ht_choice_t k)
 {
     bool side = p.side_bytes && !p.side_bulk;
     if (item % p.cut.chunks != 0 || (!side && !p.first))
@@ -266,76 +270,136 @@ EPX__DEVICE void send_rest(const ht_rows_t &p, const ht_dest_t *dests, uint64_t 
         if (side && d.side)
             send_side(p, d.side + to * p.side_bytes, token);
         if (p.first)
-            send_ids(p, d, to, token, rank);
+            send_ids(p, d, to, token, rank, k);
     }
 }
 
-/* Warp: wait until every lane's row may be written. Rows sent before are counted first, or the receiver might wait for
- * them. */
-EPX__DEVICE bool send_gate(const ht_rows_t &p, const ht_dest_t *dests, uint64_t n, ht_aim_t a, ht_aim_t *before)
+/* A sending warp. */
+typedef struct ht_sender {
+    const ht_dest_t *dests;
+    ht_block_t *b;
+    ht_walk_t w;
+    uint32_t done; /* items put on their way */
+    bool counted;  /* some receiver asks for progress words */
+} ht_sender_t;
+
+/* Warp: wait until every lane's row may be written. What was sent before is told first: the receiver may wait for it.
+ */
+EPX__DEVICE bool send_gate(const ht_rows_t &p, const ht_sender_t &x, ht_aim_t a)
 {
     const uint64_t *word = NULL;
-    uint64_t want = 0;
-    bool open = a.rank < 0 || send_credit(p, dests[a.rank], n, a, &word, &want);
-    if (__all_sync(0xffffffffu, open))
-        return true;
-    bulk_wait_done();
-    __syncwarp();
-    send_count(p, dests, n, *before);
-    before->rank = -1;
-    open = open || ht_wait(p.c, n, word, want, a.rank, HT_STAGE_CREDIT);
-    return __all_sync(0xffffffffu, open) != 0;
-}
-
-/* Warp: destinations beyond the first 32 of one item (a mask over many ranks). */
-EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_dest_t *dests, const ht_stages_t &s, uint32_t i, uint64_t n,
-                           uint64_t item)
-{
-    for (uint32_t at = 32; at < p.h.slots; at += 32) {
-        ht_aim_t a = aim_at(p, item, at + threadIdx.x % 32), none = {-1, -1};
-        if (!__ballot_sync(0xffffffffu, a.rank >= 0))
-            break;
-        if (!send_gate(p, dests, n, a, &none))
-            return false;
-#if EPX__BULK
-        if (a.rank >= 0)
-            send_store(p, dests[a.rank], s, i, item, a);
-        bulk_commit();
-#else
-        send_plain(p, dests, item, a);
-#endif
-        send_rest(p, dests, item, a);
+    uint64_t want = 0, n = x.b->n;
+    bool open = a.rank < 0 || send_credit(p, x.dests[a.rank], n, a, &word, &want);
+    if (!__all_sync(0xffffffffu, open)) {
         bulk_wait_done();
-        __syncwarp();
-        send_count(p, dests, n, a);
+        tell_progress(x.b, x.done);
+        open = open || ht_wait(p.c, n, word, want, a.rank, HT_STAGE_CREDIT);
+        if (!__all_sync(0xffffffffu, open))
+            return false;
     }
+    fence_proxy_async(); /* the ring's rows were read; now the engine overwrites them */
     return true;
 }
 
-/* Warp: one item whose bytes are in stage i. */
-EPX__DEVICE bool send_item(const ht_rows_t &p, const ht_dest_t *dests, const ht_stages_t &s, uint32_t i, uint64_t n,
-                           uint64_t item, ht_aim_t a, bool counted, ht_aim_t *before)
+/* Warp: one item's bytes in stage i to (up to 32) destinations. */
+EPX__DEVICE bool send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, uint64_t item,
+                         ht_aim_t a, ht_choice_t k)
 {
-    if (counted) {
-        if (!send_gate(p, dests, n, a, before))
-            return false;
-        fence_proxy_async(); /* the ring's rows were read; now the engine overwrites them */
-    }
+    if (x.counted && !send_gate(p, x, a))
+        return false;
 #if EPX__BULK
     if (a.rank >= 0)
-        send_store(p, dests[a.rank], s, i, item, a);
+        send_store(p, x.dests[a.rank], s, i, item, a);
     bulk_commit();
 #else
-    send_plain(p, dests, item, a);
+    send_plain(p, x.dests, item, a);
 #endif
-    send_rest(p, dests, item, a);
-    if (counted) {
-        bulk_wait_done_but_1();
-        __syncwarp();
-        send_count(p, dests, n, *before);
-        *before = a;
+    send_rest(p, x.dests, item, a, k);
+    return true;
+}
+
+/* Warp: destinations beyond the first 32 of one item (a mask over many ranks). */
+EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, uint64_t item,
+                           ht_choice_t k)
+{
+    for (uint32_t at = 32; at < p.h.slots; at += 32) {
+        ht_aim_t a = aim_at(p, item, at + x.w.lane);
+        if (!__any_sync(0xffffffffu, a.rank >= 0))
+            break;
+        if (!send_to(p, x, s, i, item, a, k))
+            return false;
     }
-    return p.h.slots <= 32 || send_more(p, dests, s, i, n, item);
+    bulk_wait_done();
+    return true;
+}
+
+/* Warp: all its items. The first one is being loaded into stage 0; `next` is where it goes. */
+EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t next)
+{
+    bool ok = true, loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
+    uint32_t stages = p.cut.stages, i = 0;
+    for (uint64_t item = x.w.warp; item < x.w.items && ok; item += x.w.warps) {
+        ht_aim_t a = next;
+        uint64_t ahead = item + x.w.warps;
+        bool used = loading;
+        uint32_t then = i + 1 == stages ? 0 : i + 1;
+        next = ahead < x.w.items ? aim_at(p, ahead, x.w.lane) : ht_aim_t{-1, -1};
+        loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
+        if (EPX__BULK && stages > 1 && loading) { /* into the stage of the item before: it must have been read */
+            bulk_wait_read_all();
+            __syncwarp();
+            if (x.w.lane == 0)
+                send_load(p, s, then, ahead);
+        }
+        if (used) {
+            ht_choice_t k = choice_at(p, item, x.w.lane);
+            if (EPX__BULK)
+                stage_wait(s, i);
+            ok = send_to(p, x, s, i, item, a, k) && (p.h.slots <= 32 || send_more(p, x, s, i, item, k));
+        } else {
+            bulk_commit();
+        }
+        if (x.counted && ok) { /* all but the newest are written */
+            bulk_wait_done_but_1();
+            tell_progress(x.b, x.done++);
+        }
+        if (EPX__BULK && stages == 1 && loading && ok) {
+            bulk_wait_read_all();
+            __syncwarp();
+            if (x.w.lane == 0)
+                send_load(p, s, 0, ahead);
+        }
+        i = then;
+    }
+    if (EPX__BULK && !ok && loading && stages > 1)
+        stage_wait(s, i); /* the engine still writes shared memory: do not leave before */
+    bulk_wait_done();
+    if (x.counted && ok)
+        tell_progress(x.b, x.done);
+    return ok;
+}
+
+/* For the announcing warp: one item of one sending warp is written everywhere. */
+typedef struct ht_sent {
+    const ht_rows_t *p;
+    const ht_dest_t *dests;
+} ht_sent_t;
+
+EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uint32_t i)
+{
+    const ht_rows_t &p = *x.p;
+    uint64_t item = (uint64_t)warp * p.send_blocks + blockIdx.x + (uint64_t)i * p.send_blocks * p.cut.warps;
+    for (uint32_t slot = 0; slot < p.h.slots; slot++) {
+        ht_aim_t a = aim_at(p, item, slot);
+        if (a.rank < 0)
+            break;
+        const ht_dest_t &d = x.dests[a.rank];
+        if (d.batch == 0)
+            continue;
+        uint32_t b = ((uint32_t)a.row - d.first) / d.batch;
+        count_batch(p.c.produced + (size_t)a.rank * HT_WORDS, put_words(p.c, p.c.peers[a.rank], p.c.rank), n, b,
+                    batch_total(d.rows, d.batch, b, p.cut.chunks));
+    }
 }
 
 /* Does any receiver ask for progress words? */
@@ -345,48 +409,6 @@ EPX__DEVICE bool any_counted(const ht_rows_t &p, const ht_dest_t *dests)
     for (int r = (int)threadIdx.x % 32; r < p.c.ranks; r += 32)
         counted = counted || dests[r].batch != 0;
     return __any_sync(0xffffffffu, counted) != 0;
-}
-
-/* Warp: all its items. The first one is being loaded into stage 0; `next` is where it goes. */
-EPX__DEVICE bool send_items(const ht_rows_t &p, const ht_dest_t *dests, ht_stages_t &s, const ht_walk_t &w, uint64_t n,
-                            ht_aim_t next)
-{
-    ht_aim_t before = {-1, -1};
-    bool counted = any_counted(p, dests), ok = true, loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
-    uint32_t stages = p.cut.stages, i = 0;
-    for (uint64_t item = w.warp; item < w.items && ok; item += w.warps) {
-        ht_aim_t a = next;
-        uint64_t ahead = item + w.warps;
-        bool used = loading;
-        uint32_t then = i + 1 == stages ? 0 : i + 1;
-        next = ahead < w.items ? aim_at(p, ahead, w.lane) : ht_aim_t{-1, -1};
-        loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
-        if (EPX__BULK && stages > 1 && loading) { /* into the stage of the item before: it must have been read */
-            bulk_wait_read_all();
-            __syncwarp();
-            if (w.lane == 0)
-                send_load(p, s, then, ahead);
-        }
-        if (used) {
-            if (EPX__BULK)
-                stage_wait(s, i);
-            ok = send_item(p, dests, s, i, n, item, a, counted, &before);
-        }
-        if (EPX__BULK && stages == 1 && loading && ok) {
-            bulk_wait_read_all();
-            __syncwarp();
-            if (w.lane == 0)
-                send_load(p, s, 0, ahead);
-        }
-        i = then;
-    }
-    if (EPX__BULK && !ok && loading && stages > 1)
-        stage_wait(s, i); /* the engine still writes shared memory: do not leave before */
-    bulk_wait_done();
-    __syncwarp();
-    if (counted && ok)
-        send_count(p, dests, n, before);
-    return ok;
 }
 
 /* ---- copying out ---- */
@@ -463,46 +485,72 @@ EPX__DEVICE void copy_sources(const ht_rows_t &p, bool keep, uint64_t at, uint64
         to[i] = keep || i < p.h.src_rows ? (int32_t)ld_relaxed_sys_u32((const uint32_t *)&from[i]) : -1;
 }
 
-EPX__DEVICE bool send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
+EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
 {
     ht_dest_t *dests = (ht_dest_t *)(shared + p.cut.table_offset);
-    ht_stages_t s = stages_init(p.cut, shared);
-    ht_walk_t w = {threadIdx.x / 32 * p.send_blocks + blockIdx.x, p.send_blocks * p.cut.warps, threadIdx.x % 32,
-                   (uint64_t)p.tokens * p.cut.chunks};
+    ht_sender_t x = {dests, b, {}, 0, false};
+    bool worker = threadIdx.x / 32 < p.cut.warps, ok = true, loading = false;
+    ht_stages_t s = {};
     ht_aim_t next = {-1, -1};
-    if (w.warp < w.items) { /* reading one's own x needs nobody's leave */
-        next = aim_at(p, w.warp, w.lane);
-        if (EPX__BULK && w.lane == 0 && next.rank >= 0)
-            send_load(p, s, 0, w.warp);
+    x.w.warp = threadIdx.x / 32 * p.send_blocks + blockIdx.x;
+    x.w.warps = p.send_blocks * p.cut.warps;
+    x.w.lane = threadIdx.x % 32;
+    x.w.items = (uint64_t)p.tokens * p.cut.chunks;
+    if (worker) {
+        s = stages_init(p.cut, shared);
+        if (x.w.warp < x.w.items) { /* reading one's own x needs nobody's leave */
+            next = aim_at(p, x.w.warp, x.w.lane);
+            if (EPX__BULK && x.w.lane == 0 && next.rank >= 0)
+                send_load(p, s, 0, x.w.warp);
+        }
+        loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
     }
-    bool loading = __any_sync(0xffffffffu, next.rank >= 0);
-    bool ok = true;
     for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
         ok = read_place(p, b->n, r, &dests[r]);
     fence_proxy_async(); /* the places were published by ordinary stores */
-    if (__syncthreads_and(ok))
-        return send_items(p, dests, s, w, b->n, next);
-    if (EPX__BULK && loading)
-        stage_wait(s, 0); /* the engine still writes shared memory: do not leave before */
-    return false;
+    if (!__syncthreads_and(ok)) {
+        if (EPX__BULK && loading)
+            stage_wait(s, 0); /* the engine still writes shared memory: do not leave before */
+        return;
+    }
+    x.counted = any_counted(p, dests);
+    if (worker) {
+        send_items(p, x, s, next);
+        tell_ended(b);
+    } else if (x.counted) {
+        ht_sent_t sent = {&p, dests};
+        announce<ht_sent_t, account_item>(sent, b, p.cut.warps);
+    }
 }
 
-__global__ void __launch_bounds__(HT_WARPS_MAX * 32, 1) ht_rows_kernel(const __grid_constant__ ht_rows_t p)
+EPX__DEVICE void copy_block(const ht_rows_t &p, ht_block_t *b, char *shared)
+{
+    uint32_t blocks = gridDim.x - p.send_blocks, block = blockIdx.x - p.send_blocks;
+    if (threadIdx.x / 32 < p.cut.warps) {
+        ht_stages_t s = stages_init(p.cut, shared);
+        flows_run<ht_rows_t, copy_flow>(p, s, b, threadIdx.x / 32 * blocks + block, blocks * p.cut.warps,
+                                        (uint32_t *)(shared + p.cut.table_offset));
+        tell_ended(b);
+    } else {
+        flows_announce<ht_rows_t, copy_flow>(p, b, block, blocks);
+    }
+}
+
+__global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(const __grid_constant__ ht_rows_t p)
 {
     extern __shared__ __align__(128) char shared[];
     __shared__ ht_block_t b;
+    uint64_t consumed = 0;
+    if (blockIdx.x == 0 && threadIdx.x < (uint32_t)p.c.ranks)
+        consumed = ld_acquire_sys_u64(&words_at(p.c, p.c.window, (int)threadIdx.x)->consumed);
     if (!ht_enter(p.c, &b))
         return;
     if (blockIdx.x == 0)
-        publish_places(p, b.n);
-    if (blockIdx.x < p.send_blocks) {
+        publish_places(p, b.n, consumed);
+    if (blockIdx.x < p.send_blocks)
         send_block(p, &b, shared);
-    } else {
-        ht_stages_t s = stages_init(p.cut, shared);
-        uint32_t w = threadIdx.x / 32 * (gridDim.x - p.send_blocks) + blockIdx.x - p.send_blocks;
-        flows_run<ht_rows_t, copy_flow>(p, s, b.n, w, (gridDim.x - p.send_blocks) * p.cut.warps,
-                                        (uint32_t *)(shared + p.cut.table_offset));
-    }
+    else
+        copy_block(p, &b, shared);
     if (p.tail_to)
         fill_tail(p);
     if (!p.first)
@@ -521,7 +569,7 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32, 1) ht_rows_kernel(const __g
 
 extern "C" int epx__ht_launch_rows(const ht_rows_t *p, uint32_t blocks, void *stream)
 {
-    ht_rows_kernel<<<blocks, p->cut.warps * 32, p->cut.total_bytes, (cudaStream_t)stream>>>(*p);
+    ht_rows_kernel<<<blocks, p->cut.warps * 32 + 32, p->cut.total_bytes, (cudaStream_t)stream>>>(*p);
     return (int)cudaGetLastError();
 }
 

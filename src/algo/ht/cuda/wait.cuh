@@ -16,6 +16,8 @@ typedef struct ht_block {
     uint64_t n; /* this half's number */
     uint32_t stop;
     uint32_t last;
+    uint32_t ended;                  /* worker warps that are through */
+    uint32_t progress[HT_WARPS_MAX]; /* items of each that are written (or read) and can be told */
 } ht_block_t;
 
 /* ---- where things are ---- */
@@ -136,6 +138,29 @@ EPX__DEVICE bool ht_wait(const ht_common_t &c, uint64_t n, const uint64_t *word,
     return ld_acquire_sys_u64(word) >= want || ht_wait_slow(c, n, word, want, peer, stage);
 }
 
+EPX__DEVICE bool ht_right_kind(const ht_common_t &c, uint64_t n, int from, uint32_t kind, uint32_t generation)
+{
+    if (kind == c.kind && generation == c.generation)
+        return true;
+    ht_fault_t f = {EPX_E_MISMATCH, HT_STAGE_KIND, from, c.kind, kind, 0};
+    if (kind == c.kind) {
+        f.stage = HT_STAGE_HANDLE;
+        f.expected = c.generation;
+        f.seen = generation;
+    }
+    ht_fail(c, n, f);
+    return false;
+}
+
+EPX__DEVICE bool ht_right_shape(const ht_common_t &c, uint64_t n, int from, uint64_t shape)
+{
+    if (shape == c.shape)
+        return true;
+    ht_fault_t f = {EPX_E_MISMATCH, HT_STAGE_SHAPE, from, c.shape, shape, 0};
+    ht_fail(c, n, f);
+    return false;
+}
+
 /* The message of `from` for this half, right in kind, handle and shape; NULL: stop. */
 EPX__DEVICE const epx__message_t *ht_message(const ht_common_t &c, uint64_t n, int from)
 {
@@ -144,20 +169,7 @@ EPX__DEVICE const epx__message_t *ht_message(const ht_common_t &c, uint64_t n, i
         return NULL;
     uint32_t kind = ld_relaxed_sys_u32(&m->kind), generation = ld_relaxed_sys_u32(&m->generation);
     uint64_t shape = ld_relaxed_sys_u64(&m->shape);
-    if (kind == c.kind && generation == c.generation && shape == c.shape)
-        return m;
-    ht_fault_t f = {EPX_E_MISMATCH, HT_STAGE_SHAPE, from, c.shape, shape, 0};
-    if (kind != c.kind) {
-        f.stage = HT_STAGE_KIND;
-        f.expected = c.kind;
-        f.seen = kind;
-    } else if (generation != c.generation) {
-        f.stage = HT_STAGE_HANDLE;
-        f.expected = c.generation;
-        f.seen = generation;
-    }
-    ht_fail(c, n, f);
-    return NULL;
+    return ht_right_kind(c, n, from, kind, generation) && ht_right_shape(c, n, from, shape) ? m : NULL;
 }
 
 /* My slot in the mailbox of `to`, free to write: its last message but one has been read. NULL: stop. One thread. */
@@ -173,11 +185,71 @@ EPX__DEVICE epx__message_t *ht_slot(const ht_common_t &c, uint64_t n, int to)
     return m;
 }
 
+/* ---- messages in packets ---- */
+
+/*
+ * A message of a few words goes in packets of 16 bytes, each of which says itself that it has come: no fence between
+ * words and flag, which would cost as much as the way. Packet 0 is {sequence, kind and generation}, where every message
+ * has them; packet i > 0 is {tag, word}. The tag is no value that another kind's message has there.
+ */
+EPX__DEVICE uint64_t packet_tag(uint64_t n)
+{
+    return n ^ 0xa5c3000000000000u;
+}
+EPX__DEVICE void *packet_at(epx__message_t *m, int i)
+{
+    return (char *)m + 16 * i;
+}
+
+/* One thread: words[0] is the shape. `consumed` was read before: often it is enough. False: stop. */
+EPX__DEVICE bool ht_post_packets(const ht_common_t &c, uint64_t n, int to, uint64_t consumed, const uint64_t *words,
+                                 int count)
+{
+    const uint64_t *word = &words_at(c, c.window, to)->consumed;
+    if (n > 2 && consumed < n - 2 && !ht_wait(c, n, word, n - 2, to, HT_STAGE_MAILBOX))
+        return false;
+    epx__message_t *m = mail_at(c, c.peers[to], c.rank, n);
+    fence_acq_rel_sys();
+    for (int i = 0; i < count; i++)
+        st_relaxed_sys_pair(packet_at(m, i + 1), packet_tag(n), words[i]);
+    st_relaxed_sys_pair(m, n, (uint64_t)c.generation << 32 | c.kind);
+    return true;
+}
+
+/* One thread: the packets of `from`, words[0] the shape. False: stop. */
+EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uint64_t *words, int count)
+{
+    epx__message_t *m = mail_at(c, c.window, from, n);
+    epx__pair_t head = ld_relaxed_sys_pair(m);
+    if (head.first < n) {
+        if (!ht_wait(c, n, &m->sequence, n, from, HT_STAGE_MESSAGE))
+            return false;
+        head = ld_relaxed_sys_pair(m);
+    }
+    if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)))
+        return false;
+    for (bool all = false; !all;) { /* they left before the head: at most a moment */
+        all = true;
+        for (int i = 0; i < count; i++) {
+            epx__pair_t packet = ld_relaxed_sys_pair(packet_at(m, i + 1));
+            words[i] = packet.second;
+            all = all && packet.first == packet_tag(n);
+        }
+        if (!all && ht_stopped(c, n, false))
+            return false;
+    }
+    fence_acq_rel_sys();
+    return ht_right_shape(c, n, from, words[0]);
+}
+
 /* ---- entering and leaving a half ---- */
 
 EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
 {
+    if (threadIdx.x < HT_WARPS_MAX)
+        b->progress[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
+        b->ended = 0;
         b->n = ld_relaxed_sys_u64(&c.state->sequence) + 1;
         b->stop = ht_stopped(c, b->n, false);
     }
@@ -191,7 +263,8 @@ EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
     __syncthreads();
     if (threadIdx.x == 0) {
         fence_acq_rel_sys();
-        b->last = add_acq_rel_gpu_u32(&c.state->blocks_done, 1) == gridDim.x - 1;
+        b->last = add_relaxed_gpu_u32(&c.state->blocks_done, 1) == gridDim.x - 1;
+        fence_acq_rel_gpu();
     }
     __syncthreads();
     return b->last != 0;
@@ -224,7 +297,7 @@ EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b)
     c.state->blocks_done = 0;
     c.state->barrier = 0;
     if (!ht_stopped(c, b->n, false))
-        st_release_sys_u64(&c.state->sequence, b->n);
+        c.state->sequence = b->n;
 }
 
 #endif
