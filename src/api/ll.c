@@ -69,8 +69,8 @@ static epx_status_t check_dispatch(epx_buffer_t *buffer, epx_ll_dispatch_t *d, e
     return EPX_OK;
 }
 
-epx_status_t epx_ll_dispatch_send(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
-                                  epx_ll_handle_t **out)
+static epx_status_t dispatch_begin(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, bool whole,
+                                   epx_stream_t stream, epx_ll_handle_t **out)
 {
     epx_ll_dispatch_t d;
     epx__experts_t map;
@@ -91,11 +91,19 @@ epx_status_t epx_ll_dispatch_send(epx_buffer_t *buffer, const epx_ll_dispatch_t 
     handle->call.dispatch = d;
     handle->call.map = map;
     handle->call.local_experts = epx__experts_at(&map, (uint32_t)buffer->x.rank);
-    EPX__TRY(told(buffer, buffer->group->ll_ops->dispatch_send(&buffer->x, &handle->call, stream)));
+    const epx__ll_ops_t *ops = buffer->group->ll_ops;
+    bool both = whole && ops->dispatch;
+    EPX__TRY(told(buffer, (both ? ops->dispatch : ops->dispatch_send)(&buffer->x, &handle->call, stream)));
     buffer->ll_calls++;
-    handle->call.state = EPX__LL_SENT;
+    handle->call.state = both ? EPX__LL_RECEIVED : EPX__LL_SENT;
     *out = handle;
     return EPX_OK;
+}
+
+epx_status_t epx_ll_dispatch_send(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
+                                  epx_ll_handle_t **out)
+{
+    return dispatch_begin(buffer, dispatch, false, stream, out);
 }
 
 epx_status_t epx_ll_dispatch_recv(epx_ll_handle_t *handle, epx_stream_t stream)
@@ -113,8 +121,10 @@ epx_status_t epx_ll_dispatch(epx_buffer_t *buffer, const epx_ll_dispatch_t *disp
     epx_ll_handle_t *handle;
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_ll_dispatch: handle is NULL");
-    EPX__TRY(epx_ll_dispatch_send(buffer, dispatch, stream, &handle));
-    epx_status_t status = epx_ll_dispatch_recv(handle, stream);
+    EPX__TRY(dispatch_begin(buffer, dispatch, true, stream, &handle));
+    epx_status_t status = EPX_OK;
+    if (handle->call.state == EPX__LL_SENT)
+        status = epx_ll_dispatch_recv(handle, stream);
     if (status != EPX_OK)
         handle->call.state = EPX__LL_FREE;
     else
@@ -143,7 +153,8 @@ static epx_status_t check_combine(epx_ll_handle_t *handle, epx_ll_combine_t *c)
     return EPX_OK;
 }
 
-epx_status_t epx_ll_combine_send(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
+static epx_status_t combine_begin(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, bool whole,
+                                  epx_stream_t stream)
 {
     epx_ll_combine_t c;
     EPX__TRY(handle_in(handle, EPX__LL_RECEIVED, "epx_ll_combine_send", "epx_ll_dispatch_recv"));
@@ -151,9 +162,16 @@ epx_status_t epx_ll_combine_send(epx_ll_handle_t *handle, const epx_ll_combine_t
     EPX__TRY(check_combine(handle, &c));
     epx_buffer_t *buffer = handle->buffer;
     handle->call.combine = c;
-    EPX__TRY(told(buffer, buffer->group->ll_ops->combine_send(&buffer->x, &handle->call, stream)));
-    handle->call.state = EPX__LL_COMBINE_SENT;
+    const epx__ll_ops_t *ops = buffer->group->ll_ops;
+    bool both = whole && ops->combine;
+    EPX__TRY(told(buffer, (both ? ops->combine : ops->combine_send)(&buffer->x, &handle->call, stream)));
+    handle->call.state = both ? EPX__LL_FREE : EPX__LL_COMBINE_SENT;
     return EPX_OK;
+}
+
+epx_status_t epx_ll_combine_send(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
+{
+    return combine_begin(handle, combine, false, stream);
 }
 
 epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream)
@@ -167,15 +185,19 @@ epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 
 epx_status_t epx_ll_combine(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
 {
-    EPX__TRY(epx_ll_combine_send(handle, combine, stream));
-    return epx_ll_combine_recv(handle, stream);
+    EPX__TRY(combine_begin(handle, combine, true, stream));
+    return handle->call.state == EPX__LL_FREE ? EPX_OK : epx_ll_combine_recv(handle, stream);
 }
 
 void epx_ll_handle_release(epx_ll_handle_t *handle, epx_stream_t stream)
 {
-    (void)stream;
-    if (handle)
-        handle->call.state = EPX__LL_FREE;
+    if (!handle)
+        return;
+    /* What was sent to this rank must be taken out before its sender may use the slot again. */
+    if (handle->call.state == EPX__LL_SENT && !atomic_load(&handle->buffer->x.fault.ready))
+        (void)told(handle->buffer,
+                   handle->buffer->group->ll_ops->dispatch_recv(&handle->buffer->x, &handle->call, stream));
+    handle->call.state = EPX__LL_FREE;
 }
 
 epx_status_t epx_ll_combine_buffer(epx_ll_handle_t *handle, void **memory)

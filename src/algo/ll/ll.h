@@ -36,9 +36,15 @@ typedef struct epx__ll_ops {
     epx_status_t (*dispatch_recv)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
     epx_status_t (*combine_send)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
     epx_status_t (*combine_recv)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
+    /* Both halves at once; NULL: one after the other. */
+    epx_status_t (*dispatch)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
+    epx_status_t (*combine)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
     epx_status_t (*combine_buffer)(epx__exchange_t *exchange, epx__ll_call_t *call, void **memory);
     epx_status_t (*mask_set)(epx__exchange_t *exchange, int rank, int masked, epx_stream_t stream);
     epx_status_t (*mask_get)(epx__exchange_t *exchange, int32_t *masked);
+    /* From the watcher's thread: that rank is dead. True when calls go on without it, for it is masked or will be; else
+     * the buffer fails. NULL: it always fails. */
+    bool (*outlives)(epx__exchange_t *exchange, int rank);
 } epx__ll_ops_t;
 
 extern const epx__ll_ops_t epx__ll_cpu;

@@ -11,6 +11,7 @@
 #include "algo/alarm.h"
 #include "algo/ll/cpu/ll_cpu.h"
 #include "base/fail.h"
+#include "base/mutate.h"
 #include "plan/format.h"
 
 uint64_t epx__ll_shape(const epx__ll_call_t *call)
@@ -44,6 +45,8 @@ typedef struct send_job {
 static bool slot_free(epx__ll_cpu_t *ll, int rank, void *context)
 {
     const send_job_t *job = context;
+    if (EPX__MUTATE(ll_no_credit))
+        return true;
     return epx__ll_load(&epx__ll_from(ll, job->call->number, rank)->taken) + ll->layout.slots >= job->call->number;
 }
 
@@ -97,6 +100,8 @@ static epx_status_t send_to(epx__ll_cpu_t *ll, int rank, void *context)
     epx__exchange_t *exchange = ll->exchange;
     uint8_t *window = exchange->peer[rank];
     uint64_t rows = 0;
+    if (EPX__MUTATE(ll_flag_first))
+        epx__ll_post(ll, rank, &epx__ll_to(ll, job->call->number, rank)->dispatched, job->call->number);
     write_block(ll, job, window);
     for (uint32_t t = 0; t < d->tokens; t++) {
         if (!wants(job->call, t, rank))
@@ -308,6 +313,13 @@ static void spread(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
         finish_ranges(d->layout_range, ranks);
 }
 
+/* Masked ranks hear it too: they may send on, nobody looks. */
+static void tell_taken(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
+{
+    for (int r = 0; r < ll->exchange->topology->ranks; r++)
+        epx__ll_post(ll, r, &epx__ll_to(ll, call->number, r)->taken, call->number);
+}
+
 epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
 {
     (void)stream;
@@ -327,8 +339,9 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
                            .context = call};
     memcpy(ll->done, ll->masked, ranks);
     EPX__TRY(epx__ll_serve_all(ll, &wait));
+    if (EPX__MUTATE(ll_taken_first))
+        tell_taken(ll, call);
     spread(ll, call);
-    for (int r = 0; r < exchange->topology->ranks; r++) /* masked ones too: they may send on, nobody looks */
-        epx__ll_post(ll, r, &epx__ll_to(ll, call->number, r)->taken, call->number);
+    tell_taken(ll, call);
     return EPX_OK;
 }
