@@ -22,6 +22,7 @@ setup-test: setup
 
 demo: all
 	build/bin/epx demo
+	@if [ -e build/lib/libepx_ofi.so ]; then echo build/bin/epx demo --domains 2; build/bin/epx demo --domains 2; fi
 
 test: setup-test all
 	ctest --preset release $(CTEST_FLAGS)
