@@ -174,7 +174,8 @@ typedef struct epx_buffer_config {
     uint32_t ll_hidden_max; /* largest hidden of its rows */
     uint32_t ll_slots;      /* calls in flight; default 2 */
     int ll_zero_copy;       /* make the combine buffers */
-    int ll_mask_on_timeout; /* a rank that misses a deadline is masked instead of being an error */
+    int ll_mask_on_timeout; /* a rank that misses a deadline of a low-latency call is masked instead of being an error;
+                               CPU: so is one that dies or destroys its buffer */
 } epx_buffer_config_t;
 
 /* Make window, channels and pools. Collective; every rank passes the same configuration (timeout_ms and sms may

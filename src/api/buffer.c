@@ -178,10 +178,14 @@ static epx_status_t exchange_cards(epx_buffer_t *buffer, const epx__export_t *ex
     return status;
 }
 
-/* The watcher of the bootstrap tells that a rank is gone: whoever waits learns at once. */
+/* The watcher of the bootstrap tells that a rank is gone: whoever waits learns at once. A buffer whose low latency goes
+ * on without that rank is in order still; halves of high throughput look for the dead themselves. */
 static void on_death(void *context, int rank)
 {
     epx_buffer_t *buffer = context;
+    const epx__ll_ops_t *ll_ops = buffer->group->ll_ops;
+    if (buffer->x.ll && ll_ops->outlives && ll_ops->outlives(&buffer->x, rank))
+        return;
     epx__exchange_fault(&buffer->x, EPX_E_PEER, "rank %d is gone (its process ended or its host is out of reach)",
                         rank);
     buffer->x.ops->interrupt(&buffer->x);

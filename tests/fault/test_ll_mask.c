@@ -8,6 +8,8 @@
 
 #include <epx/ll.h>
 
+#include "base/clock.h"
+
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +17,11 @@
 #include <unistd.h>
 
 enum { TOKENS = 2, HIDDEN = 8, RANKS_MOST = 4, PATIENT_MS = 8000, IMPATIENT_MS = 150 };
+
+typedef struct kill_plan {
+    int victim;
+    bool by_caller; /* masked by the caller before, else by the library */
+} kill_plan_t;
 
 /* One expert a rank; every token chooses all of them, so every rank has a share in every token. Expert r's output is
  * base + r in all its elements. */
@@ -85,8 +92,8 @@ static void check_out(trip_t *t, float base, unsigned from, const char *when)
             weight += 1;
         }
     for (int i = 0; i < TOKENS; i++) {
-        XT_CHECK(t->self, t->left[i] == weight, "%s: token %d: weight %g is left, not %g", when, i,
-                 (double)t->left[i], (double)weight);
+        XT_CHECK(t->self, t->left[i] == weight, "%s: token %d: weight %g is left, not %g", when, i, (double)t->left[i],
+                 (double)weight);
         for (int h = 0; h < HIDDEN; h++)
             XT_CHECK(t->self, t->out[i][h] == bf16(sum), "%s: token %d element %d: %#x, not %#x (%g)", when, i, h,
                      t->out[i][h], bf16(sum), (double)sum);
@@ -155,8 +162,8 @@ static void body_masked_between(xt_rank_t *self)
         check_out(&t, 4, 1, "masked between the halves");
         xt_mark(self, 0);
         epx_status_t status = epx_ll_dispatch_send(t.buffer, &d, NULL, &t.handle);
-        XT_CHECK(self, status == EPX_E_BUSY && strstr(epx_error_detail(), "rank 1"), "%s: %s",
-                 epx_status_name(status), epx_error_detail());
+        XT_CHECK(self, status == EPX_E_BUSY && strstr(epx_error_detail(), "rank 1"), "%s: %s", epx_status_name(status),
+                 epx_error_detail());
         xt_mark(self, 1);
         xt_wait_mark(self, 2, 1);
         whole(&t, 4, PATIENT_MS, 1, "the slot again");
@@ -169,12 +176,60 @@ static void body_masked_between(xt_rank_t *self)
     epx_buffer_destroy(t.buffer);
 }
 
+/* A rank is killed. Who masks on a deadline need not wait for one, and who has masked it need not hear of it; but high
+ * throughput cannot do without it. */
+static void body_killed(xt_rank_t *self)
+{
+    const kill_plan_t *plan = self->context;
+    trip_t t;
+    unsigned all = (1u << self->ranks) - 1, others = all & ~(1u << plan->victim);
+    if (!trip_open(self, &t, 2, !plan->by_caller) || !whole(&t, 1, PATIENT_MS, all, "before"))
+        return;
+    if (self->rank != plan->victim && plan->by_caller)
+        XT_OK(self, epx_ll_mask_set(t.buffer, plan->victim, 1, NULL));
+    xt_mark(self, 0);
+    xt_wait_mark(self, 0, self->ranks);
+    if (self->rank == plan->victim)
+        raise(SIGKILL);
+    uint64_t start = epx__now_ns();
+    for (int i = 0; i < 5; i++)
+        if (!whole(&t, (float)(2 << i), PATIENT_MS, others, "after"))
+            break;
+    if (plan->by_caller)
+        usleep(300000); /* until the death is known */
+    whole(&t, 1, PATIENT_MS, others, "last");
+    XT_CHECK(self, epx__now_ns() - start < 2000000000ull, "%.1f s", (double)(epx__now_ns() - start) * 1e-9);
+    xt_mark(self, 1);
+    xt_wait_mark(self, 1, self->ranks - 1); /* the barrier's failure is told to all */
+    epx_status_t status = epx_buffer_barrier(t.buffer, NULL);
+    char name[16];
+    snprintf(name, sizeof name, "rank %d", plan->victim);
+    XT_CHECK(self, status == EPX_E_PEER && strstr(epx_error_detail(), name), "%s: %s", epx_status_name(status),
+             epx_error_detail());
+    XT_CHECK(self, epx__now_ns() - start < 3000000000ull, "%.1f s", (double)(epx__now_ns() - start) * 1e-9);
+    epx_buffer_destroy(t.buffer);
+}
+
 int main(int argc, char **argv)
 {
     const char *part = argc > 1 ? argv[1] : "";
+    kill_plan_t plans[] = {{.victim = 1}, {.victim = 0}, {.victim = 1, .by_caller = true}};
     xt_run_t runs[] = {
         {.name = "late rank", .ranks = 3, .body = body_late},
         {.name = "masked between halves", .ranks = 2, .body = body_masked_between},
+        {.name = "killed", .ranks = 3, .body = body_killed, .context = &plans[0], .may_die = 2, .processes = true},
+        {.name = "killed, rank 0",
+         .ranks = 3,
+         .body = body_killed,
+         .context = &plans[1],
+         .may_die = 1,
+         .processes = true},
+        {.name = "killed, masked",
+         .ranks = 3,
+         .body = body_killed,
+         .context = &plans[2],
+         .may_die = 2,
+         .processes = true},
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
         runs[i].threads = 1;

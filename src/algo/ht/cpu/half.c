@@ -218,16 +218,17 @@ static epx__blame_t find_blame(epx__half_t *half, char *also, size_t also_bytes)
 static epx_status_t check_stuck(epx__half_t *half)
 {
     epx__blame_t blame = find_blame(half, NULL, 0);
+    bool dead = epx__bootstrap_dead(half->ht->exchange->bootstrap, blame.rank);
     for (int i = 0; blame.rank >= 0 && i < half->ht->members; i++)
-        if (half->ht->peers[i].rank == blame.rank && epx__word_load(&half->ht->peers[i].from_it->closed)) {
+        if (half->ht->peers[i].rank == blame.rank && (dead || epx__word_load(&half->ht->peers[i].from_it->closed))) {
             /* It may have done its part since the last look, and only then closed. */
             half->last = step(half);
             half->looked = true;
             if (half->last != EPX__STEP_STUCK)
                 return EPX_OK;
-            return epx__half_fail(half, EPX_E_PEER, blame.rank,
-                                  "%s on rank %d waits for %s of rank %d, which has destroyed its buffer",
-                                  half->operation, half->ht->exchange->rank, blame.stage, blame.rank);
+            return epx__half_fail(half, EPX_E_PEER, blame.rank, "%s on rank %d waits for %s of rank %d, which %s",
+                                  half->operation, half->ht->exchange->rank, blame.stage, blame.rank,
+                                  dead ? "is gone" : "has destroyed its buffer");
         }
     if (blame.rank >= 0 && epx__ht_rails_gone(half, blame.rank) != EPX_OK) {
         half->last = step(half); /* its last words may have come since */

@@ -6,6 +6,18 @@
 #include "base/alloc.h"
 #include "base/fail.h"
 
+/* The most experts that a call can find on this rank. */
+static size_t experts_here(const epx__exchange_t *exchange)
+{
+    const epx_buffer_config_t *config = &exchange->config;
+    size_t ranks = (size_t)exchange->topology->ranks, count = 0;
+    if (!config->expert_rank)
+        return (config->experts_max + ranks - 1) / ranks;
+    for (uint32_t e = 0; e < config->experts; e++)
+        count += config->expert_rank[e] == exchange->rank;
+    return count;
+}
+
 static epx_status_t kept_init(epx__ll_cpu_t *ll, epx__ll_kept_t *kept)
 {
     size_t ranks = ll->layout.ranks, each = (size_t)ll->layout.tokens_max * ll->layout.topk_max;
@@ -18,8 +30,9 @@ static epx_status_t kept_init(epx__ll_cpu_t *ll, epx__ll_kept_t *kept)
     kept->came = epx__calloc(ranks, 1);
     kept->owing = epx__calloc(ranks, 1);
     if (config->ll_zero_copy) {
-        size_t experts = (config->experts_max + ranks - 1) / ranks;
-        kept->zero_copy = epx__calloc(experts * ranks * ll->layout.tokens_max, (size_t)ll->layout.hidden_max * 2);
+        size_t experts = experts_here(ll->exchange);
+        kept->zero_copy =
+            epx__calloc((experts ? experts : 1) * ranks * ll->layout.tokens_max, (size_t)ll->layout.hidden_max * 2);
     }
     if (!kept->tokens || !kept->ids || !kept->weights || !kept->asked || !kept->heard || !kept->came || !kept->owing ||
         (config->ll_zero_copy && !kept->zero_copy))
@@ -107,7 +120,7 @@ static epx_status_t mask_set(epx__exchange_t *exchange, int rank, int masked, ep
 {
     (void)stream;
     epx__ll_cpu_t *ll = exchange->ll;
-    ll->masked[rank] = masked != 0;
+    epx__ll_set_masked(ll, rank, masked != 0);
     return EPX_OK;
 }
 
@@ -117,6 +130,15 @@ static epx_status_t mask_get(epx__exchange_t *exchange, int32_t *masked)
     for (uint32_t r = 0; r < ll->layout.ranks; r++)
         masked[r] = ll->masked[r];
     return EPX_OK;
+}
+
+static bool outlives(epx__exchange_t *exchange, int rank)
+{
+    epx__ll_cpu_t *ll = exchange->ll;
+    if (!exchange->config.ll_mask_on_timeout && !__atomic_load_n(&ll->masked[rank], __ATOMIC_RELAXED))
+        return false;
+    epx__bell_ring((epx__bell_t *)((epx__control_t *)exchange->window.base)->bell); /* who waits for it looks */
+    return true;
 }
 
 const epx__ll_ops_t epx__ll_cpu = {
@@ -130,4 +152,5 @@ const epx__ll_ops_t epx__ll_cpu = {
     .combine_buffer = combine_buffer,
     .mask_set = mask_set,
     .mask_get = mask_get,
+    .outlives = outlives,
 };

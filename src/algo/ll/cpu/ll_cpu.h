@@ -15,10 +15,10 @@ typedef struct epx__ll_kept {
     uint8_t *asked;   /* [ranks] 1: my dispatch went there, so its outputs are to be waited for */
     uint8_t *heard;   /* [ranks] 1: its dispatch came here, so it gets outputs */
     uint8_t *came;    /* [ranks] 1: its outputs for my tokens are here */
-    uint8_t *owing;   /* [ranks] 1: given up in this call; it may still write into the slot until it says that it is done
-                         with the call */
-    uint64_t last;    /* number of the call that used the slot last */
-    void *zero_copy;  /* expert outputs, when the buffer was made for it */
+    uint8_t *owing;  /* [ranks] 1: given up in this call; it may still write into the slot until it says that it is done
+                        with the call */
+    uint64_t last;   /* number of the call that used the slot last */
+    void *zero_copy; /* expert outputs, when the buffer was made for it */
 } epx__ll_kept_t;
 
 typedef struct epx__ll_cpu {
@@ -44,11 +44,17 @@ static inline const epx__ll_words_t *epx__ll_from(const epx__ll_cpu_t *ll, uint6
     return ll->from + number % ll->layout.slots * ll->layout.ranks + rank;
 }
 
+/* The watcher's thread reads the masks when a rank dies. */
+static inline void epx__ll_set_masked(epx__ll_cpu_t *ll, int rank, bool masked)
+{
+    __atomic_store_n(&ll->masked[rank], masked, __ATOMIC_RELAXED);
+}
+
 /* ---- waiting (ll_wait.c) ---- */
 
 /* Serve the ranks one by one as they become ready: `ready` says whether rank's part can be done now, `serve` does it.
- * Ranks with done[rank] set are left out. A rank that misses the deadline fails the call, or is masked where the buffer
- * says so. */
+ * Ranks with done[rank] set are left out. A rank that misses the deadline, dies or destroys its buffer fails the call,
+ * or is masked where the buffer says so. */
 typedef struct epx__ll_wait {
     const char *operation, *stage;
     uint64_t number;
@@ -102,7 +108,8 @@ static inline bool epx__ll_ended(const epx__ll_cpu_t *ll, int rank, uint64_t num
     /* In this order: what is said last is looked at first, so that outputs told before are not overlooked. */
     const epx__ll_words_t *words = epx__ll_from(ll, number, rank);
     uint64_t left_out = epx__ll_load(&words->left_out), combined = epx__ll_load(&words->combined);
-    /* When it has left me out of the slot's next call already, only an exact `combined` says that this one was whole. */
+    /* When it has left me out of the slot's next call already, only an exact `combined` says that this one was whole.
+     */
     *came = combined == number || (combined > number && left_out < number);
     return combined >= number || left_out >= number;
 }

@@ -39,33 +39,37 @@ static void note_wait(const epx__ll_wait_t *wait, int rank, uint64_t start_ns)
         wait->wait_ns[rank] += (int64_t)(epx__now_ns() - start_ns);
 }
 
-static epx_status_t give_up(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, int rank, double waited_s)
+static void give_up(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, int rank)
 {
-    if (!ll->exchange->config.ll_mask_on_timeout)
-        return epx__alarm_raise(ll->exchange, EPX_E_TIMEOUT, wait->number, rank,
-                                "%s (call %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s", wait->operation,
-                                wait->number, ll->exchange->rank, waited_s, rank, wait->stage);
-    ll->masked[rank] = 1;
+    epx__ll_set_masked(ll, rank, true);
     ll->done[rank] = 1;
     if (wait->give_up)
         wait->give_up(ll, rank, wait->context);
-    return EPX_OK;
 }
 
 /* Nobody was ready: is somebody gone, or the time over? */
 static epx_status_t check_late(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, epx__deadline_t *deadline)
 {
+    epx__exchange_t *exchange = ll->exchange;
     bool late = epx__deadline_passed(deadline);
-    double waited_s = (double)epx__deadline_waited_ns(deadline) * 1e-9;
-    for (int r = 0; r < ll->exchange->topology->ranks; r++) {
-        if (ll->done[r] || wait->ready(ll, r, wait->context))
+    for (int r = 0; r < exchange->topology->ranks; r++) {
+        if (ll->done[r])
             continue;
-        if (late)
-            EPX__TRY(give_up(ll, wait, r, waited_s));
-        else if (epx__alarm_closed(ll->exchange, r) && !wait->ready(ll, r, wait->context))
-            return epx__alarm_raise(ll->exchange, EPX_E_PEER, wait->number, r,
-                                    "%s on rank %d waits for %s of rank %d, which has destroyed its buffer",
-                                    wait->operation, ll->exchange->rank, wait->stage, r);
+        bool closed = epx__alarm_closed(exchange, r), dead = epx__bootstrap_dead(exchange->bootstrap, r);
+        /* Looked at after those: it may have done its part first. */
+        if (wait->ready(ll, r, wait->context) || !(late || closed || dead))
+            continue;
+        if (exchange->config.ll_mask_on_timeout)
+            give_up(ll, wait, r);
+        else if (dead || closed)
+            return epx__alarm_raise(exchange, EPX_E_PEER, wait->number, r,
+                                    "%s on rank %d waits for %s of rank %d, which %s", wait->operation, exchange->rank,
+                                    wait->stage, r, dead ? "is gone" : "has destroyed its buffer");
+        else
+            return epx__alarm_raise(exchange, EPX_E_TIMEOUT, wait->number, r,
+                                    "%s (call %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s", wait->operation,
+                                    wait->number, exchange->rank, (double)epx__deadline_waited_ns(deadline) * 1e-9, r,
+                                    wait->stage);
     }
     return EPX_OK;
 }
@@ -96,7 +100,7 @@ epx_status_t epx__ll_serve_all(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait)
             moved = true;
         }
         if (left == 0)
-            return EPX_OK;
+            return epx__alarm_is_up(exchange) ? epx__alarm_read(exchange, wait->number) : EPX_OK;
         if (moved) {
             epx__waiter_progress(&waiter);
             continue;
