@@ -9,6 +9,7 @@
 set -u
 cd "$(dirname "$0")/.."
 root=$PWD
+export PIP_DEFAULT_TIMEOUT=${PIP_DEFAULT_TIMEOUT:-300} # pip waits 15 s, too short for a slow mirror and 800 MB
 cache=${EPX_PYTHON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/epx/venv}
 
 say() { echo "setup_python.sh: $*"; }
