@@ -6,40 +6,53 @@ from .event import EventHandle, EventOverlap
 class Turn:
     """One call's stream handling, under the buffer's lock.
 
-    On a GPU the call runs on the communication stream, after `previous_event` or what the current stream holds now.
-    Afterwards the current stream waits for it, or (async_finish) an event is returned. On CPU there is nothing to order.
+    On a GPU an asynchronous call, or one after `previous_event`, runs on the communication stream; afterwards the current
+    stream waits for it, or (async_finish) an event is returned. A synchronous call without `previous_event` runs on the
+    current stream itself: a second one would only cost time. On CPU there is nothing to order.
 
-    here   run on the current stream itself (a synchronous call for which a second stream would only cost time)
     core   another core of the same buffer
     """
 
-    def __init__(self, buffer, previous_event, async_finish, allocate_on_comm_stream, inputs, here=False, core=None):
+    def __init__(self, buffer, previous_event, async_finish, allocate_on_comm_stream, inputs, core=None):
         if previous_event is not None and not hasattr(previous_event, "current_stream_wait"):
             refuse("previous_event: %s; it must be an EventOverlap" % type(previous_event).__name__)
         self.previous = getattr(previous_event, "event", None)
         if allocate_on_comm_stream and not (previous_event is not None and async_finish):
             refuse("allocate_on_comm_stream: it needs previous_event and async_finish")
-        self.core, self.asynchronous, self.on_comm = core or buffer._core, async_finish, allocate_on_comm_stream
-        self.comm, self.device, self.here = buffer._comm_stream, buffer._device, here
+        self.buffer, self.core = buffer, core or buffer._core
+        self.asynchronous, self.on_comm = async_finish, allocate_on_comm_stream
+        self.comm, self.device = buffer._comm_stream, buffer._device
+        self.here = not async_finish and self.previous is None
         self.inputs, self.stream, self.owner_stream, self.current = inputs, None, None, None
         self.event = None
 
     def __enter__(self):
         self.core.__enter__()
         if self.comm is not None:
-            import torch
-            self.current = torch.cuda.current_stream(self.device)
-            if self.here:
-                self.stream = self.owner_stream = self.current.cuda_stream
-                return self
-            self.stream = self.comm.cuda_stream
-            # Leases and handles go back in the order of the stream whose owner drops them.
-            self.owner_stream = self.stream if self.on_comm else self.current.cuda_stream
+            try:
+                self._choose_stream()
+            except BaseException:
+                self.core.__exit__()
+                raise
+        return self
+
+    def _choose_stream(self):
+        import torch
+        self.current = torch.cuda.current_stream(self.device)
+        chosen = self.current if self.here else self.comm
+        self.stream = chosen.cuda_stream
+        # Leases and handles go back in the order of the stream whose owner drops them.
+        self.owner_stream = self.stream if self.on_comm else self.current.cuda_stream
+        if not self.here:
             if self.previous is not None:
-                self.comm.wait_event(self.previous.event)
+                if self.previous.event is not None:
+                    self.comm.wait_event(self.previous.event)
             else:
                 self.comm.wait_stream(self.current)
-        return self
+        # Calls of one buffer come one after the other, whatever streams they are on.
+        last, self.buffer._last_stream = self.buffer._last_stream, chosen
+        if last is not None and last != chosen and _capturing(last) == _capturing(chosen):
+            chosen.wait_stream(last)
 
     def allocate(self, make):
         """Call `make` with the stream current that the tensors shall belong to."""
@@ -75,6 +88,13 @@ class Turn:
             self.event = EventOverlap(None)
             if not self.here:
                 self.current.wait_stream(self.comm)
+
+
+def _capturing(stream):
+    """Is a CUDA graph being captured on it? Waiting across that border is an error, and needs no order."""
+    import torch
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def pointer(tensor):

@@ -131,7 +131,7 @@ class LowLatency:
         rows = r * self._ll_shape[0]
 
         inputs = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-        with Turn(self, None, async_finish, False, inputs, here=not async_finish, core=core) as turn:
+        with Turn(self, None, async_finish, False, inputs, core=core) as turn:
             recv_x = torch.empty((local, rows, hidden), dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16,
                                  device=device)
             scales = None
@@ -208,7 +208,7 @@ class LowLatency:
             _tensor.check("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, device, dtypes=(torch.int64,),
                           shape=(r,))
         inputs = (x, topk_idx, topk_weights, combine_wait_recv_cost_stats)
-        with Turn(self, None, async_finish, False, inputs, here=not async_finish, core=core) as turn:
+        with Turn(self, None, async_finish, False, inputs, core=core) as turn:
             if out is None:
                 out = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
             args = _abi.LlCombine(x=pointer(x), topk_idx=pointer(topk_idx), topk_weights=pointer(topk_weights),

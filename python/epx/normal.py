@@ -1,0 +1,308 @@
+"""The normal-mode calls of Buffer: layout, dispatch, combine."""
+from . import _abi
+from ._abi import byref, c_void_p
+from ._core import CoreHandle
+from ._turn import Turn, pointer as _pointer
+from .errors import refuse
+from .handle import DispatchHandle, check_handle
+
+
+class Normal:
+    """Mixed into Buffer. R ranks, D domains, T local tokens, k top-k, E experts, H hidden."""
+
+    # -- layout --
+
+    def get_dispatch_layout(self, topk_idx, num_experts, previous_event=None, async_finish=False,
+                            allocate_on_comm_stream=False):
+        """Count where tokens would go. Local.
+
+        topk_idx  int64 (or int32) [T,k], -1 is nobody
+        Returns   num_tokens_per_rank i32[R], num_tokens_per_rdma_rank i32[D] or None in one domain,
+                  num_tokens_per_expert i32[E], is_token_in_rank bool[T,R], event
+        Raises    InvalidArgument
+        """
+        import torch
+
+        from . import _tensor
+        core, device = self._core, self._device
+        _tensor.check("topk_idx", topk_idx, device, dims=(2,), dtypes=(torch.int64, torch.int32))
+        tokens, topk = topk_idx.shape
+        with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (topk_idx,)) as turn:
+            per_rank, per_expert, in_rank, per_domain = turn.allocate(lambda: (
+                torch.empty(core.ranks, dtype=torch.int32, device=device),
+                torch.empty(num_experts, dtype=torch.int32, device=device),
+                torch.empty((tokens, core.ranks), dtype=torch.bool, device=device),
+                torch.empty(core.domains, dtype=torch.int32, device=device) if core.domains > 1 else None))
+            args = _abi.Layout(topk_idx=_pointer(topk_idx), topk_idx_bits=topk_idx.element_size() * 8, tokens=tokens,
+                               topk=topk, experts=num_experts, tokens_per_rank=_pointer(per_rank),
+                               tokens_per_domain=_pointer(per_domain), tokens_per_expert=_pointer(per_expert),
+                               in_rank=_pointer(in_rank))
+            core.check(core.lib.epx_layout(core.buffer, byref(args), turn.stream))
+            turn.outputs(per_rank, per_expert, in_rank, per_domain)
+        return per_rank, per_domain, per_expert, in_rank, turn.event
+
+    # -- dispatch --
+
+    def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None,
+                 num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0,
+                 config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+        """Send each token's row to the ranks that hold its experts. Collective.
+
+        x             [T,H] of any dtype, a row a multiple of 16 bytes; or a tuple (x, scales): scales [T,n] or [T] of
+                      any dtype and strides (fp32 [T,H/128] with e4m3 rows, say)
+        handle        of an earlier dispatch: the same routing, no ids or weights travel, no host wait
+        topk_idx      int64 (or int32) [T,k], -1 is nobody; topk_weights fp32 [T,k]
+        is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+                      from get_dispatch_layout; with topk_idx only num_tokens_per_expert's length (E) is used
+        num_worst_tokens  > 0: so many rows come back, the list is empty, the tail's ids are -1, no host wait
+        Returns       recv_x [rows,H] (or (recv_x, recv_scales)) in the order (source rank, token index),
+                      recv_topk_idx [rows,k] local expert numbers or -1, recv_topk_weights fp32 [rows,k] (0 at -1),
+                      rows per local expert as a list of int, each rounded up to expert_alignment,
+                      handle, event. With a handle: (recv_x, None, None, None, None, event).
+        Raises        InvalidArgument (nothing was done), Busy (too many handles alive), Timeout, PeerFailure, Mismatch,
+                      Broken, Overflow (worst case too small), BadData (ids out of range, told late)
+        """
+        import torch
+
+        from . import _tensor
+        core, device = self._core, self._device
+        config = self._config(config, "dispatch")
+        x, scales = _split(x, self._device)
+        if handle is not None:
+            inner = check_handle(handle, core)
+            if topk_idx is not None or topk_weights is not None:
+                refuse("topk_idx, topk_weights: they do not travel with a handle (the routing is the handle's)")
+            if x.shape[0] != inner.tokens:
+                refuse("x: %d tokens; the handle's dispatch had %d" % (x.shape[0], inner.tokens))
+            return self._again(x, scales, inner, previous_event, async_finish, allocate_on_comm_stream)
+
+        tokens, topk = x.shape[0], 0
+        if num_tokens_per_expert is None:
+            refuse("num_tokens_per_expert: it is needed without a handle (get_dispatch_layout makes it)")
+        _tensor.check("num_tokens_per_expert", num_tokens_per_expert, device, dims=(1,), dtypes=(torch.int32,))
+        if topk_idx is not None:
+            _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, None))
+            topk = topk_idx.shape[1]
+            if topk_weights is not None:
+                _tensor.check("topk_weights", topk_weights, device, dtypes=(torch.float32,), shape=(tokens, topk))
+        else:
+            if topk_weights is not None:
+                refuse("topk_weights: they need topk_idx")
+            if is_token_in_rank is None:
+                refuse("topk_idx or is_token_in_rank: one of them is needed without a handle")
+        if is_token_in_rank is not None:
+            _tensor.check("is_token_in_rank", is_token_in_rank, device, dtypes=(torch.bool,), shape=(tokens, core.ranks))
+        if num_worst_tokens < 0 or expert_alignment < 1:
+            refuse("num_worst_tokens: from 0, expert_alignment: from 1; they are %r and %r" %
+                   (num_worst_tokens, expert_alignment))
+
+        args = _abi.Dispatch(tokens=tokens, experts=num_tokens_per_expert.numel(), expert_alignment=expert_alignment,
+                             recv_tokens_max=num_worst_tokens, sms=config.num_sms if core.cuda else 0)
+        _fill_rows(args.rows, x, scales)
+        if topk_idx is not None:
+            args.topk_idx, args.topk_idx_bits, args.topk = _pointer(topk_idx), topk_idx.element_size() * 8, topk
+            args.topk_weights = _pointer(topk_weights)
+        else:
+            args.in_rank = _pointer(is_token_in_rank)
+        totals = None
+        if topk_idx is None and not num_worst_tokens:
+            totals = self._expert_totals(num_tokens_per_expert, expert_alignment)
+
+        inputs = (x, scales, topk_idx, topk_weights, is_token_in_rank)
+        with Turn(self, previous_event, async_finish, allocate_on_comm_stream, inputs) as turn:
+            pointer = c_void_p()
+            core.check(core.lib.epx_dispatch_begin(core.buffer, byref(args), turn.stream, byref(pointer)))
+            inner = CoreHandle(core, pointer.value, turn.owner_stream)
+            inner.tokens, inner.topk, inner.experts, inner.worst = tokens, topk, args.experts, num_worst_tokens
+            rows, per_expert = num_worst_tokens, []
+            if not num_worst_tokens:
+                counts = _abi.Counts()
+                core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
+                rows = counts.rows
+                per_expert = totals if totals is not None else counts.rows_per_expert[:counts.local_experts]
+            ids = topk_idx.dtype if topk_idx is not None else None
+            recv = self._receive(turn, inner, rows, x, scales, ids, topk, topk_weights is not None,
+                                 lambda place, got: core.lib.epx_dispatch_end(inner.pointer, place, turn.stream, got))
+            turn.outputs(*recv)
+        inner.event = turn.event.event
+        if not core.cuda:
+            self._tell_bad_data()
+        recv_x, recv_scales, recv_idx, recv_weights = recv
+        out = DispatchHandle(inner, config.num_sms // 2, device, is_token_in_rank)
+        return (recv_x if scales is None else (recv_x, recv_scales), recv_idx, recv_weights, per_expert, out, turn.event)
+
+    def intranode_dispatch(self, *args, **kwargs):
+        """As dispatch()."""
+        return self.dispatch(*args, **kwargs)
+
+    def internode_dispatch(self, *args, **kwargs):
+        """As dispatch()."""
+        return self.dispatch(*args, **kwargs)
+
+    def _again(self, x, scales, inner, previous_event, async_finish, allocate_on_comm_stream):
+        core = self._core
+        rows = _abi.Rows()
+        _fill_rows(rows, x, scales)
+        with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (x, scales)) as turn:
+            count = inner.worst
+            if not count:
+                counts = _abi.Counts()
+                core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
+                count = counts.rows
+            recv = self._receive(turn, inner, count, x, scales, None, 0, False, lambda place, got:
+                                 core.lib.epx_dispatch_again(inner.pointer, byref(rows), place, turn.stream, got))
+            turn.outputs(*recv)
+        return (recv[0] if scales is None else tuple(recv[:2]), None, None, None, None, turn.event)
+
+    def _receive(self, turn, inner, rows, x, scales, ids, topk, weights, call):
+        """Rows into a lease, or, where the window has no room, into ordinary tensors."""
+        import torch
+
+        from . import _tensor
+        core, device, hidden = self._core, self._device, x.shape[1]
+        shapes = [((rows, hidden), x.dtype),
+                  None if scales is None else ((rows,) + tuple(scales.shape[1:]), scales.dtype),
+                  None if ids is None else ((rows, topk), ids),
+                  ((rows, topk), torch.float32) if weights else None]
+        got = _abi.Received()
+        status = call(None, byref(got))
+        if status == _abi.OK:
+            lease = core.own_lease(got.lease, turn.owner_stream) if got.lease else None
+            memory = (got.x, got.side, got.topk_idx, got.topk_weights)
+            return [None if shape is None else _tensor.over(lease, address, shape[0], shape[1], device)
+                    for shape, address in zip(shapes, memory)]
+        if status != _abi.E_BUSY:
+            core.check(status)
+        tensors = turn.allocate(lambda: [None if shape is None else torch.empty(shape[0], dtype=shape[1], device=device)
+                                         for shape in shapes])
+        place = _abi.Place(x=_pointer(tensors[0]), side=_pointer(tensors[1]), topk_idx=_pointer(tensors[2]),
+                           topk_weights=_pointer(tensors[3]))
+        core.check(call(byref(place), byref(got)))
+        return tensors
+
+    def _expert_totals(self, num_tokens_per_expert, alignment):
+        """Rows per local expert when only a mask travels: from everybody's num_tokens_per_expert."""
+        import torch
+        core = self._core
+        mine = num_tokens_per_expert.cpu()
+        parts = core.allgather(bytes(mine.untyped_storage())[:mine.numel() * 4] if mine.numel() else b"")
+        total = sum(torch.frombuffer(bytearray(part), dtype=torch.int32).long() for part in parts)
+        local = total.numel() // core.ranks
+        return [(n + alignment - 1) // alignment * alignment
+                for n in total[core.rank * local:(core.rank + 1) * local].tolist()]
+
+    def _tell_bad_data(self):
+        """On CPU the ids were read by now: say at this call, not at the next, that some were wrong."""
+        with self._core as core:
+            status = core.lib.epx_buffer_status(core.buffer)
+            if status == _abi.E_DATA:
+                core.check(status)
+
+    # -- combine --
+
+    def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False,
+                allocate_on_comm_stream=False):
+        """Bring every row back to its token and add, unweighted, in fp32. Collective.
+
+        x             [rows,H] bf16, fp16 or fp32, in the order of recv_x; read in place when it is recv_x itself
+        handle        of the dispatch
+        topk_weights  fp32 [rows,k], or None: summed the same way
+        bias          None, one or two tensors [T,H] like x, added at the end
+        Returns       combined_x [T,H], combined_topk_weights fp32 [T,k] or None, event
+        Raises        as dispatch
+        """
+        import torch
+
+        from . import _tensor
+        core, device = self._core, self._device
+        config = self._config(config, "combine")
+        inner = check_handle(handle, core)
+        kinds = {torch.bfloat16: _abi.DTYPE_BF16, torch.float16: _abi.DTYPE_FP16, torch.float32: _abi.DTYPE_FP32}
+        _tensor.check_rows("x", x, device, dtypes=tuple(kinds))
+        rows, hidden = x.shape
+        expected = self._rows_of(inner)
+        if expected is not None and rows != expected:
+            refuse("x: %d rows; the handle's dispatch received %d here" % (rows, expected))
+        if topk_weights is not None:
+            if not inner.topk:
+                refuse("topk_weights: the handle's dispatch had no topk_idx, so nothing says how many there are")
+            _tensor.check("topk_weights", topk_weights, device, dtypes=(torch.float32,), shape=(rows, inner.topk))
+        biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
+        if len(biases) > 2:
+            refuse("bias: %d tensors; at most two" % len(biases))
+        for i, one in enumerate(biases):
+            if one is not None:
+                _tensor.check("bias" if len(biases) == 1 else "bias[%d]" % i, one, device, dtypes=(x.dtype,),
+                              shape=(inner.tokens, hidden))
+        with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (x, topk_weights) + biases) as turn:
+            out, out_weights = turn.allocate(lambda: (
+                torch.empty((inner.tokens, hidden), dtype=x.dtype, device=device),
+                None if topk_weights is None else
+                torch.empty((inner.tokens, inner.topk), dtype=torch.float32, device=device)))
+            args = _abi.Combine(x=_pointer(x), x_stride_bytes=x.stride(0) * x.element_size() if rows > 1 else 0,
+                                dtype=kinds[x.dtype], hidden=hidden, topk_weights=_pointer(topk_weights),
+                                out=_pointer(out), out_topk_weights=_pointer(out_weights),
+                                sms=config.num_sms if core.cuda else 0)
+            for i, one in enumerate(biases):
+                args.bias[i] = _pointer(one)
+            core.check(core.lib.epx_combine(inner.pointer, byref(args), turn.stream))
+            turn.outputs(out, out_weights)
+        return out, out_weights, turn.event
+
+    def intranode_combine(self, *args, **kwargs):
+        """As combine()."""
+        return self.combine(*args, **kwargs)
+
+    def internode_combine(self, *args, **kwargs):
+        """As combine()."""
+        return self.combine(*args, **kwargs)
+
+    # -- small things --
+
+    def _rows_of(self, inner):
+        """Rows this rank received by `inner`, where the host knows them."""
+        if inner.worst:
+            return inner.worst
+        counts = _abi.Counts()
+        with self._core as core:
+            core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
+        return counts.rows
+
+    def _config(self, config, call):
+        # Programs replace get_*_config on the class.
+        if config is None:
+            config = getattr(type(self), "get_%s_config" % call)(self.group_size)
+        if not hasattr(config, "num_sms"):
+            refuse("config: %s; it must be an epx.Config" % type(config).__name__)
+        return config
+
+
+def _split(x, device):
+    """(rows, scales or None) of dispatch's x, checked."""
+    from . import _tensor
+    scales = None
+    if isinstance(x, (tuple, list)):
+        if len(x) != 2:
+            refuse("x: a tuple of %d; it must be (x, scales)" % len(x))
+        x, scales = x
+    _tensor.check_rows("x", x, device)
+    if scales is not None:
+        _tensor.check("x[1] (scales)", scales, device, dims=(1, 2), packed=False)
+        if scales.shape[0] != x.shape[0]:
+            refuse("x[1] (scales): %d tokens; x[0] has %d" % (scales.shape[0], x.shape[0]))
+        if scales[:1].numel() * scales.element_size() % 4 and x.shape[0]:
+            refuse("x[1] (scales): %d bytes a token; it must be a multiple of 4" %
+                   (scales[:1].numel() * scales.element_size()))
+    return x, scales
+
+
+def _fill_rows(rows, x, scales):
+    size = x.element_size()
+    rows.x, rows.row_bytes = _pointer(x), x.shape[1] * size
+    rows.x_stride_bytes = x.stride(0) * size if x.shape[0] > 1 else 0
+    if scales is not None:
+        size = scales.element_size()
+        rows.side, rows.side_elem_bytes = _pointer(scales), size
+        rows.side_elems = scales.shape[1] if scales.dim() == 2 else 1
+        rows.side_token_stride_bytes = scales.stride(0) * size
+        rows.side_elem_stride_bytes = scales.stride(1) * size if scales.dim() == 2 else size
