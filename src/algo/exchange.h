@@ -97,7 +97,7 @@ struct epx__exchange {
     void *ll; /* of the low-latency implementation; NULL: the buffer has none */
     epx__fault_t fault;
     epx_traffic_t traffic;
-    void *net; /* what carries rows between domains (algo/rails.h); NULL with one domain */
+    void *net;           /* what carries rows between domains (algo/rails.h); NULL with one domain */
     uint32_t notice_tag; /* of failures told to other domains through the bootstrap */
 };
 

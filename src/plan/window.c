@@ -42,8 +42,8 @@ epx_status_t epx__window_layout_make(uint32_t ranks, const epx_buffer_config_t *
     l.lease_bytes = config->lease_bytes;
     l.lease_offset = cursor_take(&c, 1, config->lease_bytes, EPX__PAGE);
     l.total_bytes = cursor_take(&c, 0, 0, EPX__PAGE);
-    EPX__TRY(epx__ll_layout_make(ranks, config->ll_tokens_max, config->ll_hidden_max, config->topk_max, config->ll_slots,
-                                 l.total_bytes, &l.ll));
+    EPX__TRY(epx__ll_layout_make(ranks, config->ll_tokens_max, config->ll_hidden_max, config->topk_max,
+                                 config->ll_slots, l.total_bytes, &l.ll));
     c.overflow |= __builtin_add_overflow(l.total_bytes, l.ll.total_bytes, &l.total_bytes);
     if (c.overflow)
         return epx__fail(EPX_E_INVALID,

@@ -47,9 +47,9 @@ typedef struct epx__ht_cpu {
     epx__ht_peer_t *self;
     epx__ht_routing_t *routing; /* [handles_max] */
     epx__workers_t *workers;
-    uint64_t sequence; /* number of the last half begun here */
-    uint8_t *window;   /* my own */
-    int32_t *counts;   /* [ranks + experts] scratch for begin */
+    uint64_t sequence;           /* number of the last half begun here */
+    uint8_t *window;             /* my own */
+    int32_t *counts;             /* [ranks + experts] scratch for begin */
     struct epx__ht_rails *rails; /* between domains; NULL with one */
 } epx__ht_cpu_t;
 
