@@ -4,13 +4,6 @@
 #include "api/check.h"
 #include "base/fail.h"
 
-static epx_status_t told(epx_buffer_t *buffer, epx_status_t status)
-{
-    if (status != EPX_OK && atomic_load(&buffer->x.fault.ready))
-        buffer->told = true;
-    return status;
-}
-
 static epx_status_t usable(epx_buffer_t *buffer, const char *call)
 {
     if (!buffer)
@@ -93,7 +86,7 @@ static epx_status_t dispatch_begin(epx_buffer_t *buffer, const epx_ll_dispatch_t
     handle->call.local_experts = epx__experts_at(&map, (uint32_t)buffer->x.rank);
     const epx__ll_ops_t *ops = buffer->group->ll_ops;
     bool both = whole && ops->dispatch;
-    EPX__TRY(told(buffer, (both ? ops->dispatch : ops->dispatch_send)(&buffer->x, &handle->call, stream)));
+    EPX__TRY(epx__buffer_told(buffer, (both ? ops->dispatch : ops->dispatch_send)(&buffer->x, &handle->call, stream)));
     buffer->ll_calls++;
     handle->call.state = both ? EPX__LL_RECEIVED : EPX__LL_SENT;
     *out = handle;
@@ -110,7 +103,7 @@ epx_status_t epx_ll_dispatch_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 {
     EPX__TRY(handle_in(handle, EPX__LL_SENT, "epx_ll_dispatch_recv", "epx_ll_dispatch_send"));
     epx_buffer_t *buffer = handle->buffer;
-    EPX__TRY(told(buffer, buffer->group->ll_ops->dispatch_recv(&buffer->x, &handle->call, stream)));
+    EPX__TRY(epx__buffer_told(buffer, buffer->group->ll_ops->dispatch_recv(&buffer->x, &handle->call, stream)));
     handle->call.state = EPX__LL_RECEIVED;
     return EPX_OK;
 }
@@ -118,7 +111,7 @@ epx_status_t epx_ll_dispatch_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 epx_status_t epx_ll_dispatch(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
                              epx_ll_handle_t **out)
 {
-    epx_ll_handle_t *handle;
+    epx_ll_handle_t *handle = NULL;
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_ll_dispatch: handle is NULL");
     EPX__TRY(dispatch_begin(buffer, dispatch, true, stream, &handle));
@@ -164,7 +157,7 @@ static epx_status_t combine_begin(epx_ll_handle_t *handle, const epx_ll_combine_
     handle->call.combine = c;
     const epx__ll_ops_t *ops = buffer->group->ll_ops;
     bool both = whole && ops->combine;
-    EPX__TRY(told(buffer, (both ? ops->combine : ops->combine_send)(&buffer->x, &handle->call, stream)));
+    EPX__TRY(epx__buffer_told(buffer, (both ? ops->combine : ops->combine_send)(&buffer->x, &handle->call, stream)));
     handle->call.state = both ? EPX__LL_FREE : EPX__LL_COMBINE_SENT;
     return EPX_OK;
 }
@@ -178,7 +171,7 @@ epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 {
     EPX__TRY(handle_in(handle, EPX__LL_COMBINE_SENT, "epx_ll_combine_recv", "epx_ll_combine_send"));
     epx_buffer_t *buffer = handle->buffer;
-    EPX__TRY(told(buffer, buffer->group->ll_ops->combine_recv(&buffer->x, &handle->call, stream)));
+    EPX__TRY(epx__buffer_told(buffer, buffer->group->ll_ops->combine_recv(&buffer->x, &handle->call, stream)));
     handle->call.state = EPX__LL_FREE;
     return EPX_OK;
 }
@@ -195,8 +188,8 @@ void epx_ll_handle_release(epx_ll_handle_t *handle, epx_stream_t stream)
         return;
     /* What was sent to this rank must be taken out before its sender may use the slot again. */
     if (handle->call.state == EPX__LL_SENT && !atomic_load(&handle->buffer->x.fault.ready))
-        (void)told(handle->buffer,
-                   handle->buffer->group->ll_ops->dispatch_recv(&handle->buffer->x, &handle->call, stream));
+        (void)epx__buffer_told(handle->buffer,
+                               handle->buffer->group->ll_ops->dispatch_recv(&handle->buffer->x, &handle->call, stream));
     handle->call.state = EPX__LL_FREE;
 }
 
@@ -251,7 +244,8 @@ epx_status_t epx_ll_plan(epx_ll_plan_t *plan)
     plan->words_bytes = l.ids_offset - l.words_offset;
     plan->ids_bytes = l.rows_offset - l.ids_offset;
     plan->dispatch_bytes = l.back_offset - l.rows_offset;
-    plan->combine_bytes = l.total_bytes - l.back_offset;
+    plan->combine_bytes = l.row_flags_offset - l.back_offset;
+    plan->words_bytes += l.total_bytes - l.row_flags_offset;
     plan->window_bytes = l.total_bytes;
     uint64_t local = (plan->experts + plan->ranks - 1) / plan->ranks;
     plan->zero_copy_bytes = local * plan->ranks * plan->tokens_max * plan->hidden * 2 * slots;
