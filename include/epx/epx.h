@@ -294,8 +294,9 @@ EPX_API epx_status_t epx_handle_counts(epx_handle_t *handle, epx_counts_t *count
 EPX_API epx_status_t epx_dispatch_end(epx_handle_t *handle, const epx_place_t *place, epx_stream_t stream,
                                       epx_received_t *received);
 
-/* Both halves. In exact mode waits on the host for the counts. When the window has no room (EPX_E_BUSY), *handle is set
- * all the same: bring memory to epx_dispatch_end. */
+/* Both halves. In exact mode waits on the host for the counts. When only the second half
+ * is refused here (EPX_E_BUSY: the window has no room), *handle is set all the same: the peers are in that half
+ * already, so call epx_dispatch_end with other memory. */
 EPX_API epx_status_t epx_dispatch(epx_buffer_t *buffer, const epx_dispatch_t *dispatch, const epx_place_t *place,
                                   epx_stream_t stream, epx_handle_t **handle, epx_received_t *received);
 

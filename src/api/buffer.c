@@ -36,7 +36,7 @@ static epx_status_t fill_defaults(epx_buffer_config_t *c, const epx_group_t *gro
     return EPX_OK;
 }
 
-static epx_status_t check_config(const epx_buffer_config_t *c)
+static epx_status_t check_config(const epx_buffer_config_t *c, int ranks)
 {
     if (c->topk_max > EPX_TOPK_MAX)
         return epx__fail(EPX_E_INVALID, "topk_max is %u; at most %d", c->topk_max, EPX_TOPK_MAX);
@@ -46,6 +46,9 @@ static epx_status_t check_config(const epx_buffer_config_t *c)
             "tokens_max %u, experts_max %u, handles_max %u or leases_max %u is too large (2^30, 2^20, 65536, "
             "65536 are the most)",
             c->tokens_max, c->experts_max, c->handles_max, c->leases_max);
+    if ((uint64_t)c->tokens_max * (uint64_t)ranks > INT32_MAX)
+        return epx__fail(EPX_E_INVALID, "tokens_max %u on %d ranks: together at most %d tokens", c->tokens_max, ranks,
+                         INT32_MAX);
     if (c->sms < 0)
         return epx__fail(EPX_E_INVALID, "sms is %d; it must not be negative", c->sms);
     if (c->ll_tokens_max && (c->ll_hidden_max == 0 || c->ll_hidden_max % 8 || c->ll_hidden_max > 1u << 24))
@@ -97,12 +100,14 @@ static epx_status_t check_agreement(const agreement_t *mine, const agreement_t *
     return epx__fail(
         EPX_E_MISMATCH,
         "epx_buffer_create: rank %d passes another configuration (lease_bytes %llu, reserve_bytes %llu, "
-        "tokens_max %u, topk_max %u, experts_max %u, handles_max %u, map of %u experts) than this rank (%llu, "
-        "%llu, %u, %u, %u, %u, %u); they must be equal on all ranks",
+        "tokens_max %u, topk_max %u, experts_max %u, handles_max %u, map of %u experts, ll_tokens_max %u, "
+        "ll_hidden_max %u, ll_slots %u) than this rank (%llu, %llu, %u, %u, %u, %u, %u, %u, %u, %u); they, and the "
+        "map itself, must be equal on all ranks",
         rank, (unsigned long long)theirs->lease_bytes, (unsigned long long)theirs->reserve_bytes, theirs->tokens_max,
-        theirs->topk_max, theirs->experts_max, theirs->handles_max, theirs->experts,
-        (unsigned long long)mine->lease_bytes, (unsigned long long)mine->reserve_bytes, mine->tokens_max,
-        mine->topk_max, mine->experts_max, mine->handles_max, mine->experts);
+        theirs->topk_max, theirs->experts_max, theirs->handles_max, theirs->experts, theirs->ll_tokens_max,
+        theirs->ll_hidden_max, theirs->ll_slots, (unsigned long long)mine->lease_bytes,
+        (unsigned long long)mine->reserve_bytes, mine->tokens_max, mine->topk_max, mine->experts_max, mine->handles_max,
+        mine->experts, mine->ll_tokens_max, mine->ll_hidden_max, mine->ll_slots);
 }
 
 /* ---- making ---- */
@@ -198,7 +203,7 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     epx__exchange_t *x = &buffer->x;
     EPX__TRY(epx__config_copy(&x->config, sizeof x->config, config, "epx_buffer_config_t"));
     EPX__TRY(fill_defaults(&x->config, group));
-    EPX__TRY(check_config(&x->config));
+    EPX__TRY(check_config(&x->config, group->ranks));
     EPX__TRY(copy_map(buffer));
     EPX__TRY(make_pools(buffer));
     uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? EPX__CUDA_CHUNK_WORDS : 0;
@@ -330,6 +335,13 @@ epx_status_t epx__buffer_usable(epx_buffer_t *buffer, const char *call)
     return epx__fail((epx_status_t)atomic_load(&fault->status), "%s", fault->words);
 }
 
+epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status)
+{
+    if (status != EPX_OK && atomic_load(&buffer->x.fault.ready))
+        buffer->told = true;
+    return status;
+}
+
 epx_status_t epx_buffer_status(epx_buffer_t *buffer)
 {
     if (!buffer)
@@ -352,7 +364,7 @@ epx_status_t epx_buffer_barrier(epx_buffer_t *buffer, epx_stream_t stream)
     if (!buffer)
         return epx__fail(EPX_E_INVALID, "epx_buffer_barrier: buffer is NULL");
     EPX__TRY(epx__buffer_usable(buffer, "epx_buffer_barrier"));
-    return buffer->x.ops->barrier(&buffer->x, stream);
+    return epx__buffer_told(buffer, buffer->x.ops->barrier(&buffer->x, stream));
 }
 
 epx_status_t epx_buffer_check(epx_buffer_t *buffer, uint8_t *works)
@@ -360,7 +372,7 @@ epx_status_t epx_buffer_check(epx_buffer_t *buffer, uint8_t *works)
     if (!buffer || !works)
         return epx__fail(EPX_E_INVALID, "epx_buffer_check: buffer and works must not be NULL");
     EPX__TRY(epx__buffer_usable(buffer, "epx_buffer_check"));
-    return buffer->x.ops->check(&buffer->x, works);
+    return epx__buffer_told(buffer, buffer->x.ops->check(&buffer->x, works));
 }
 
 epx_status_t epx_buffer_get_traffic(epx_buffer_t *buffer, epx_traffic_t *traffic)

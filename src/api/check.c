@@ -106,10 +106,12 @@ epx_status_t epx__check_dispatch(epx_buffer_t *buffer, epx_dispatch_t *d, epx__e
     return epx__check_rows(buffer, call, &d->rows, d->tokens);
 }
 
-epx_status_t epx__check_place(const char *call, const epx_place_t *place, const epx_received_t *received)
+epx_status_t epx__check_place(const char *call, const epx_place_t *place, int topk_idx_bits,
+                              const epx_received_t *received)
 {
-    if (!received)
-        return epx__fail(EPX_E_INVALID, "%s: received is NULL", call);
+    if (!received || received->size != sizeof *received)
+        return epx__fail(EPX_E_INVALID, "%s: received must not be NULL and received->size must be %zu", call,
+                         sizeof *received);
     if (!place)
         return EPX_OK;
     if (!place->x && (place->side || place->topk_idx || place->topk_weights || place->src_token))
@@ -117,7 +119,7 @@ epx_status_t epx__check_place(const char *call, const epx_place_t *place, const 
                          call);
     EPX__TRY(check_aligned(call, "place->x", place->x, 16));
     EPX__TRY(check_aligned(call, "place->side", place->side, 4));
-    EPX__TRY(check_aligned(call, "place->topk_idx", place->topk_idx, 4));
+    EPX__TRY(check_aligned(call, "place->topk_idx", place->topk_idx, topk_idx_bits == 32 ? 4 : 8));
     EPX__TRY(check_aligned(call, "place->topk_weights", place->topk_weights, 4));
     return check_aligned(call, "place->src_token", place->src_token, 4);
 }

@@ -54,8 +54,9 @@ epx_status_t epx__config_copy(void *to, size_t to_bytes, const void *from, const
 
 epx_status_t epx_env_get(uint32_t index, epx_env_entry_t *entry)
 {
-    if (!entry)
-        return epx__fail(EPX_E_INVALID, "epx_env_get: entry is NULL");
+    if (!entry || entry->size != sizeof *entry)
+        return epx__fail(EPX_E_INVALID, "epx_env_get: entry must not be NULL and entry->size must be %zu",
+                         sizeof *entry);
     if (index >= EPX__ENV_COUNT)
         return epx__fail(EPX_E_INVALID, "epx_env_get: there are %d variables; %u is past the last", EPX__ENV_COUNT,
                          index);

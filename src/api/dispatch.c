@@ -28,14 +28,6 @@ static epx_handle_t *handle_take(epx_buffer_t *buffer)
     return NULL;
 }
 
-/* The status of a call of the exchange; a failure of the buffer has then been told. */
-static epx_status_t told(epx_buffer_t *buffer, epx_status_t status)
-{
-    if (status != EPX_OK && atomic_load(&buffer->x.fault.ready))
-        buffer->told = true;
-    return status;
-}
-
 static epx_status_t handle_usable(epx_handle_t *handle, const char *call)
 {
     if (!handle)
@@ -83,7 +75,7 @@ epx_status_t epx_dispatch_begin(epx_buffer_t *buffer, const epx_dispatch_t *disp
     h->worst_case = d.recv_tokens_max > 0;
     h->counted = false;
     h->rows = 0;
-    EPX__TRY(told(buffer, buffer->x.ops->begin(&buffer->x, h, stream)));
+    EPX__TRY(epx__buffer_told(buffer, buffer->x.ops->begin(&buffer->x, h, stream)));
     h->state = EPX__HANDLE_BEGUN;
     handle->rows_done = false;
     handle->stream = stream;
@@ -95,7 +87,7 @@ static epx_status_t count(epx_handle_t *handle)
 {
     if (handle->h.counted)
         return EPX_OK;
-    return told(handle->buffer, handle->buffer->x.ops->counts(&handle->buffer->x, &handle->h));
+    return epx__buffer_told(handle->buffer, handle->buffer->x.ops->counts(&handle->buffer->x, &handle->h));
 }
 
 epx_status_t epx_handle_counts(epx_handle_t *handle, epx_counts_t *counts)
@@ -176,7 +168,8 @@ static epx_status_t run_rows(epx_handle_t *handle, const epx_rows_t *rows, bool 
         target = (epx__target_t){.own = true, .place = *place, .capacity = room};
     else
         EPX__TRY(take_target(handle, &shape, room, stream, &lease, &target));
-    epx_status_t status = told(buffer, buffer->x.ops->rows(&buffer->x, &handle->h, rows, first, &target, stream));
+    epx_status_t status =
+        epx__buffer_told(buffer, buffer->x.ops->rows(&buffer->x, &handle->h, rows, first, &target, stream));
     if (status != EPX_OK) {
         /* A lease that peers may still be writing stays taken: the buffer is broken and goes as a whole. */
         if (!atomic_load(&buffer->x.fault.ready))
@@ -201,7 +194,7 @@ epx_status_t epx_dispatch_end(epx_handle_t *handle, const epx_place_t *place, ep
                               epx_received_t *received)
 {
     EPX__TRY(handle_usable(handle, "epx_dispatch_end"));
-    EPX__TRY(epx__check_place("epx_dispatch_end", place, received));
+    EPX__TRY(epx__check_place("epx_dispatch_end", place, handle->h.args.topk_idx_bits, received));
     if (handle->rows_done)
         return epx__fail(EPX_E_INVALID,
                          "epx_dispatch_end: this handle's rows have been dispatched; use epx_dispatch_again");
@@ -214,10 +207,11 @@ epx_status_t epx_dispatch(epx_buffer_t *buffer, const epx_dispatch_t *dispatch, 
     epx_handle_t *handle;
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_dispatch: handle is NULL");
-    EPX__TRY(epx__check_place("epx_dispatch", place, received));
+    EPX__TRY(epx__check_place("epx_dispatch", place, dispatch ? dispatch->topk_idx_bits : 0, received));
     EPX__TRY(epx_dispatch_begin(buffer, dispatch, stream, &handle));
     epx_status_t status = epx_dispatch_end(handle, place, stream, received);
-    if (status == EPX_OK || status == EPX_E_BUSY)
+    /* The peers are in the second half already: when it was only refused here, the caller must be able to do it. */
+    if (status == EPX_OK || !atomic_load(&buffer->x.fault.ready))
         *out = handle;
     else
         epx_handle_release(handle, stream);
@@ -229,7 +223,7 @@ epx_status_t epx_dispatch_again(epx_handle_t *handle, const epx_rows_t *rows, co
 {
     epx_rows_t r;
     EPX__TRY(handle_usable(handle, "epx_dispatch_again"));
-    EPX__TRY(epx__check_place("epx_dispatch_again", place, received));
+    EPX__TRY(epx__check_place("epx_dispatch_again", place, 0, received));
     if (!rows)
         return epx__fail(EPX_E_INVALID, "epx_dispatch_again: rows is NULL");
     if (!handle->rows_done)
@@ -255,5 +249,5 @@ epx_status_t epx_combine(epx_handle_t *handle, const epx_combine_t *combine, epx
     EPX__TRY(epx__check_combine(buffer, handle, &c, rows));
     size_t bytes = rows ? (rows - 1) * c.x_stride_bytes + c.hidden * epx__dtype_bytes(c.dtype) : 0;
     size_t offset = rows ? epx__lease_find(buffer, c.x, bytes) : buffer->x.layout.lease_offset;
-    return told(buffer, buffer->x.ops->combine(&buffer->x, &handle->h, &c, offset, stream));
+    return epx__buffer_told(buffer, buffer->x.ops->combine(&buffer->x, &handle->h, &c, offset, stream));
 }

@@ -15,7 +15,7 @@ struct epx_group {
     const epx__ll_ops_t *ll_ops;             /* NULL: the backend has no low latency */
     epx__topology_t topology;
     int rank, ranks;
-    int buffers; /* made so far with several domains: the same number on all ranks */
+    int buffers;    /* made so far with several domains: the same number on all ranks */
     int host_ranks; /* ranks on this host */
     int threads;
     uint32_t spins;
@@ -68,6 +68,8 @@ struct epx_buffer {
 
 /* EPX_OK when the buffer can take a call; else its failure, the first time as it was, then EPX_E_BROKEN. */
 epx_status_t epx__buffer_usable(epx_buffer_t *buffer, const char *call);
+/* Pass on the status of a call of the exchange: a failure of the buffer has then been told. */
+epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status);
 
 /* Leases (lease.c). */
 epx_status_t epx__lease_take(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, epx_lease_t *lease,

@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "algo/alarm.h"
 #include "base/alloc.h"
 #include "base/fail.h"
 
@@ -204,9 +205,12 @@ static epx_status_t no_mark(epx__exchange_t *exchange, uint32_t mark, epx_stream
     return EPX_OK; /* calls end when their work is done: nothing to order */
 }
 
+/* Own faults are set where they happen; what a peer told while no call was under way is found here. */
 static void poll_fault(epx__exchange_t *exchange)
 {
-    (void)exchange; /* faults are set where they happen */
+    const epx__ht_cpu_t *ht = exchange->impl;
+    if (!atomic_load(&exchange->fault.ready) && epx__alarm_is_up(exchange))
+        (void)epx__alarm_read(exchange, ht->sequence);
 }
 
 static void interrupt(epx__exchange_t *exchange)
