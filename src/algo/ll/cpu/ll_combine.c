@@ -26,10 +26,13 @@ typedef struct back_job {
     int32_t ranked;
 } back_job_t;
 
+/* Where a row goes back to; counted as moved. */
 static uint8_t *back_row(const back_job_t *job, const epx__ll_visit_t *v, uint32_t place)
 {
-    return (uint8_t *)job->ll->exchange->peer[v->source] +
-           epx__ll_back_at(&job->ll->layout, job->slot, v->token, place);
+    epx__exchange_t *exchange = job->ll->exchange;
+    bool own = v->source == (uint32_t)exchange->rank;
+    *(own ? &exchange->traffic.local_bytes : &exchange->traffic.domain_bytes) += job->row_bytes;
+    return (uint8_t *)exchange->peer[v->source] + epx__ll_back_at(&job->ll->layout, job->slot, v->token, place);
 }
 
 static void next_rows(const back_job_t *job, const epx__ll_visit_t *v)
