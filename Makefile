@@ -52,6 +52,7 @@ gpu-test: setup
 bench-peers: all
 	@tools/setup.sh bench
 	bench/peers/run.sh
+	@if [ -e build/lib/libepx_ofi.so ]; then bench/peers/run.sh tcp; fi
 
 test-rxe: setup-test all
 	ctest --preset release -L rxe

@@ -5,6 +5,7 @@
 # that asks nothing, they are installed by apt-get; else the command to run is printed and the exit code is 1.
 # Quick when nothing is missing.
 set -u
+PATH=$PATH:/usr/sbin:/sbin # where depmod is, for others than root too
 what=${1:-all}
 
 # part | package | how to see that it is there | why
@@ -18,6 +19,12 @@ build|libfabric-dev|pkg:libfabric|network plug-in libepx_ofi.so
 test|spin|spin|checks the protocols' models (tests/model)
 test|python3|python3|tests of the Python package
 test|python3-venv|module:ensurepip|the virtual environment of those tests
+test|qemu-system-x86|qemu-system-x86_64|boots the guest in which verbs is tested on soft-RoCE (tests/rxe)
+test|busybox-static|busybox|the programs of that guest
+test|cpio|cpio|packs that guest's files
+test|kmod|depmod|prepares that guest's kernel modules
+test|iproute2|ip|makes that guest's device; makes the network namespaces of the tests between hosts
+test|ibverbs-providers|file:/usr/lib/*/libibverbs/librxe-rdmav*.so|libibverbs' side of soft-RoCE
 test|clang-format-14|clang-format-14|make format, make check-format
 bench|libopenmpi-dev|mpicc|the MPI program that epx is measured against (bench/peers)
 bench|openmpi-bin|mpirun|runs that program
@@ -27,6 +34,7 @@ END
 there() {
     case $1 in
     pkg:*) command -v pkg-config >/dev/null && pkg-config --exists "${1#pkg:}" ;;
+    file:*) compgen -G "${1#file:}" >/dev/null ;;
     module:*) command -v python3 >/dev/null && python3 -c "import ${1#module:}" 2>/dev/null ;;
     *) command -v "$1" >/dev/null ;;
     esac
