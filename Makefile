@@ -25,16 +25,16 @@ demo: all
 	@if [ -e build/lib/libepx_ofi.so ]; then echo build/bin/epx demo --domains 2; build/bin/epx demo --domains 2; fi
 
 test: setup-test all
-	ctest --preset release $(CTEST_FLAGS)
+	ctest --preset release -j $(JOBS) $(CTEST_FLAGS)
 
 # What a sanitizer build runs: all but what measures, or says nothing new there.
 SANITIZED := -LE 'gpu|model|headers|includes|install|mutation|rxe|python'
 asan: setup
-	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan $(SANITIZED) $(CTEST_FLAGS)
+	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan -j $(JOBS) $(SANITIZED) $(CTEST_FLAGS)
 
 # TSan sees ranks that are threads of one process.
 tsan: setup
-	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan $(SANITIZED) $(CTEST_FLAGS)
+	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan -j $(JOBS) $(SANITIZED) $(CTEST_FLAGS)
 
 dev: setup
 	cmake --preset dev && cmake --build --preset dev -j $(JOBS)
