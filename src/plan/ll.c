@@ -26,7 +26,7 @@ epx_status_t epx__ll_layout_make(uint32_t ranks, uint32_t tokens_max, uint32_t h
     }
     size_t end = at;
     l.row_bytes = ((size_t)hidden_max * 2 + 255) / 256 * 256;
-    l.block_bytes = (sizeof(epx__ll_block_t) + (size_t)tokens_max * topk_max * 8 + 255) / 256 * 256;
+    l.block_bytes = (sizeof(epx__ll_block_t) + (size_t)tokens_max * topk_max * 16 + 16 + 255) / 256 * 256;
     l.words_offset = end;
     bool fits = add(&end, slots, ranks, 1, sizeof(epx__ll_words_t));
     l.ids_offset = end;
@@ -35,6 +35,10 @@ epx_status_t epx__ll_layout_make(uint32_t ranks, uint32_t tokens_max, uint32_t h
     fits = fits && add(&end, slots, ranks, tokens_max, l.row_bytes);
     l.back_offset = end;
     fits = fits && add(&end, slots, tokens_max, topk_max, l.row_bytes);
+    l.row_flags_offset = end;
+    fits = fits && add(&end, slots, ranks, tokens_max, 8);
+    l.back_flags_offset = end;
+    fits = fits && add(&end, slots, tokens_max, topk_max, 8);
     if (!fits)
         return epx__fail(EPX_E_INVALID, "low latency for %u tokens of hidden %u on %u ranks does not fit 64 bits",
                          tokens_max, hidden_max, ranks);

@@ -2,12 +2,14 @@
  * The low-latency part of a rank's window: fixed worst-case slots. Pure; shared with nvcc. docs/PROTOCOL-LL.md says who
  * writes and who reads each part.
  *
- *   [ words | ids | rows | back ]
+ *   [ words | ids | rows | back | flags ]
  *
  *   words  [slots][ranks] lines, written by the peer
  *   ids    [slots][ranks] blocks: a source's top-k ids (and weights) of all its tokens
  *   rows   [slots][ranks][tokens_max] rows: a token's row has its own index, so nothing is counted before sending
  *   back   [slots][tokens_max][topk_max] rows: expert outputs on their way home
+ *   flags  [slots][ranks][tokens_max] and [slots][tokens_max][topk_max] words, one a row place: the number of the call
+ *          whose row lies there (algo/ll/cuda; the CPU has one word a source)
  */
 #ifndef EPX_PLAN_LL_H
 #define EPX_PLAN_LL_H
@@ -31,7 +33,10 @@ typedef struct epx__ll_words {
     uint64_t spare[4];
 } epx__ll_words_t;
 
-/* At the head of an ids block; then int32_t ids[tokens][topk], then float weights[tokens][topk] when flagged. */
+/* At the head of an ids block; then int32_t ids[tokens][topk], then float weights[tokens][topk] when flagged.
+ * algo/ll/cuda: each value is a word of its own with the call's number in its upper half, so that it is its own arrival
+ * signal: a word of the shape, at 64 bytes ids [tokens_max][topk], from the next multiple of 16 bytes on the weights.
+ */
 typedef struct epx__ll_block {
     uint64_t number;
     uint64_t shape; /* hash of hidden, topk, experts, format: the same on all ranks */
@@ -44,8 +49,8 @@ typedef struct epx__ll_layout {
     uint32_t ranks, tokens_max, hidden_max, topk_max, slots;
     size_t row_bytes;   /* of one row place, in rows and in back: a bf16 row; an fp8 row with its scales fits in it */
     size_t block_bytes; /* of one ids block */
-    size_t words_offset, ids_offset, rows_offset, back_offset; /* from the window's start */
-    size_t total_bytes;                                        /* of this part */
+    size_t words_offset, ids_offset, rows_offset, back_offset, row_flags_offset, back_flags_offset; /* in the window */
+    size_t total_bytes;                                                                             /* of this part */
 } epx__ll_layout_t;
 
 /* `at`: where the part begins in the window. tokens_max 0: nothing. EPX_E_INVALID in words when it does not fit 64
@@ -65,6 +70,18 @@ EPX__INLINE size_t epx__ll_row_at(const epx__ll_layout_t *l, uint64_t slot, uint
 EPX__INLINE size_t epx__ll_back_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t token, uint32_t place)
 {
     return l->back_offset + ((size_t)(slot * l->tokens_max + token) * l->topk_max + place) * l->row_bytes;
+}
+EPX__INLINE size_t epx__ll_words_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t from)
+{
+    return l->words_offset + (size_t)(slot * l->ranks + from) * sizeof(epx__ll_words_t);
+}
+EPX__INLINE size_t epx__ll_row_flag_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t source, uint32_t token)
+{
+    return l->row_flags_offset + ((size_t)(slot * l->ranks + source) * l->tokens_max + token) * 8;
+}
+EPX__INLINE size_t epx__ll_back_flag_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t token, uint32_t place)
+{
+    return l->back_flags_offset + ((size_t)(slot * l->tokens_max + token) * l->topk_max + place) * 8;
 }
 
 #endif
