@@ -116,11 +116,11 @@ __device__ bool push_flow(const ht_combine_t &p, uint64_t n, int to, ht_flow_t *
 
 /* ---- adding ---- */
 
-EPX__DEVICE ht_pick_t pick_at(const ht_combine_t &p, uint64_t item, uint32_t slot)
+EPX__DEVICE ht_pick_t pick_at(const ht_combine_t &p, uint32_t token, uint32_t slot)
 {
     ht_pick_t k = {-1, -1};
-    size_t i = (size_t)(item / p.cut.chunks) * p.h.slots + slot;
-    if (slot < p.h.slots) {
+    size_t i = (size_t)token * p.h.slots + slot;
+    if (slot < p.h.slots && token < p.tokens) {
         k.rank = __ldg(&p.h.dst_rank[i]);
         k.row = __ldg(&p.h.dst_row[i]);
     }
@@ -136,10 +136,10 @@ EPX__DEVICE const float *w_row(const ht_source_t &s, int32_t row, uint32_t topk)
     uint64_t at = s.w_ring ? ((uint32_t)row - s.first) % s.w_ring : (uint64_t)(uint32_t)row;
     return s.weights + at * topk;
 }
-EPX__DEVICE uint32_t chunk_of(const ht_combine_t &p, uint64_t item, uint64_t *at)
+EPX__DEVICE uint32_t chunk_bytes_of(const ht_combine_t &p, uint32_t chunk)
 {
-    *at = item % p.cut.chunks * p.cut.chunk_bytes;
-    return p.row_bytes - *at < p.cut.chunk_bytes ? (uint32_t)(p.row_bytes - *at) : p.cut.chunk_bytes;
+    uint32_t left = (uint32_t)p.row_bytes - chunk * p.cut.chunk_bytes;
+    return left < p.cut.chunk_bytes ? left : p.cut.chunk_bytes;
 }
 
 /* Lane: has its row come? Rows in place have. */
@@ -159,7 +159,7 @@ EPX__DEVICE bool wants_credit(const ht_combine_t &p, const ht_source_t &s)
     return (s.x_ring != 0 || s.w_ring != 0) && s.rows > p.ring_rows;
 }
 
-/* For the announcing warp: one item of one adding warp has been read. */
+/* For the announcing warp: one token of one adding warp has been read. */
 typedef struct ht_added {
     const ht_combine_t *p;
     const ht_source_t *sources;
@@ -169,9 +169,9 @@ EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, u
 {
     const ht_combine_t &p = *x.p;
     uint32_t blocks = gridDim.x - p.push_blocks;
-    uint64_t item = (uint64_t)warp * blocks + blockIdx.x - p.push_blocks + (uint64_t)i * blocks * p.cut.warps;
+    uint32_t token = warp * blocks + blockIdx.x - p.push_blocks + i * blocks * p.cut.warps;
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
-        ht_pick_t k = pick_at(p, item, slot);
+        ht_pick_t k = pick_at(p, token, slot);
         if (k.rank < 0)
             break;
         const ht_source_t &s = x.sources[k.rank];
@@ -179,23 +179,7 @@ EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, u
             continue;
         uint32_t b = ((uint32_t)k.row - s.first) / p.batch;
         count_batch(p.c.consumed + (size_t)k.rank * HT_WORDS, take_words(p.c, p.c.peers[k.rank], p.c.rank), n, b,
-                    batch_total(s.rows, p.batch, b, p.cut.chunks));
-    }
-}
-
-/* Warp: start loading the item's rows, lane j's into buffer j of stage i. */
-EPX__DEVICE void pull_item(const ht_combine_t &p, const ht_source_t *sources, const ht_stages_t &s, uint32_t i,
-                           uint64_t item, ht_pick_t k)
-{
-    uint64_t at;
-    uint32_t bytes = chunk_of(p, item, &at), rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, k.rank >= 0));
-    if (threadIdx.x % 32 == 0)
-        mbarrier_expect_bytes(&s.bars[i], rows * bytes);
-    __syncwarp();
-    if (k.rank >= 0) {
-        fence_proxy_async(); /* announced by words, read by the engine */
-        bulk_load(stage_at(s, i) + threadIdx.x % 32 * p.cut.chunk_bytes, x_row(sources[k.rank], k.row) + at, bytes,
-                  &s.bars[i]);
+                    batch_total(s.rows, p.batch, b));
     }
 }
 
@@ -243,58 +227,65 @@ EPX__DEVICE void end_16(const ht_combine_t &p, float *sum, uint64_t at)
     st_global_16(p.out + at, round_16<dtype>(sum));
 }
 
-/* Warp: add the first `rows` buffers of a stage. */
+/* Warp: add the first `rows` buffers of a stage. Two pieces a lane at a time: each covers the other's latency. */
 template <int dtype>
-EPX__DEVICE void add_staged(const ht_combine_t &p, const char *stage, uint32_t rows, uint64_t item)
+EPX__DEVICE void add_staged(const ht_combine_t &p, const char *stage, uint32_t rows, uint32_t token, uint32_t chunk)
 {
-    uint64_t at;
-    uint32_t bytes = chunk_of(p, item, &at);
-    uint64_t out = item / p.cut.chunks * p.row_bytes + at;
-#pragma unroll 2
-    for (uint32_t v = threadIdx.x % 32 * 16; v < bytes; v += 512) {
+    uint32_t bytes = chunk_bytes_of(p, chunk), step = p.cut.chunk_bytes;
+    uint64_t out = token * p.row_bytes + chunk * p.cut.chunk_bytes;
+    uint32_t v = threadIdx.x % 32 * 16;
+    for (; v + 512 < bytes; v += 1024) {
+        float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0}, more[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        const char *from = stage + v;
+        for (uint32_t j = 0; j < rows; j++, from += step) {
+            uint4 a = *(const uint4 *)from, b = *(const uint4 *)(from + 512);
+            add_16<dtype>(sum, a);
+            add_16<dtype>(more, b);
+        }
+        end_16<dtype>(p, sum, out + v);
+        end_16<dtype>(p, more, out + v + 512);
+    }
+    if (v < bytes) {
         float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (uint32_t j = 0; j < rows; j++)
-            add_16<dtype>(sum, *(const uint4 *)(stage + (size_t)j * p.cut.chunk_bytes + v));
+            add_16<dtype>(sum, *(const uint4 *)(stage + j * step + v));
         end_16<dtype>(p, sum, out + v);
     }
 }
 
-/* Warp: the same straight from where the rows are, any number of them. */
+/* Warp: a token's whole row straight from where its rows are, any number of them. */
 template <int dtype>
-EPX__DEVICE void add_plain(const ht_combine_t &p, const ht_source_t *sources, uint64_t item)
+EPX__DEVICE void add_plain(const ht_combine_t &p, const ht_source_t *sources, uint32_t token)
 {
-    uint64_t at;
-    uint32_t bytes = chunk_of(p, item, &at);
-    uint64_t out = item / p.cut.chunks * p.row_bytes + at;
-    for (uint32_t v = threadIdx.x % 32 * 16; v < bytes; v += 512) {
+    for (uint32_t v = threadIdx.x % 32 * 16; v < (uint32_t)p.row_bytes; v += 512) {
         float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (uint32_t j = 0; j < p.h.slots; j++) {
-            ht_pick_t k = pick_at(p, item, j);
+            ht_pick_t k = pick_at(p, token, j);
             if (k.rank < 0)
                 break;
-            add_16<dtype>(sum, ld_global_16(x_row(sources[k.rank], k.row) + at + v));
+            add_16<dtype>(sum, ld_global_16(x_row(sources[k.rank], k.row) + v));
         }
-        end_16<dtype>(p, sum, out + v);
+        end_16<dtype>(p, sum, token * p.row_bytes + v);
     }
 }
 
 /* Warp: the token's weights, likewise in rank order. */
-EPX__DEVICE void add_weights(const ht_combine_t &p, const ht_source_t *sources, uint64_t item)
+EPX__DEVICE void add_weights(const ht_combine_t &p, const ht_source_t *sources, uint32_t token)
 {
     uint32_t lane = threadIdx.x % 32;
-    if (!p.weights || item % p.cut.chunks != 0 || lane >= p.topk)
+    if (!p.weights || lane >= p.topk)
         return;
     float sum = 0.0f;
     for (uint32_t j = 0; j < p.h.slots; j++) {
-        ht_pick_t k = pick_at(p, item, j);
+        ht_pick_t k = pick_at(p, token, j);
         if (k.rank < 0)
             break;
         sum = __fadd_rn(sum, ld_relaxed_sys_f32(w_row(sources[k.rank], k.row, p.topk) + lane));
     }
-    p.out_weights[item / p.cut.chunks * p.topk + lane] = sum;
+    p.out_weights[(size_t)token * p.topk + lane] = sum;
 }
 
-/* An adding warp. */
+/* An adding warp: every `warps`-th token from `w` on. */
 typedef struct ht_adder {
     const ht_source_t *sources;
     ht_block_t *b;
@@ -302,65 +293,95 @@ typedef struct ht_adder {
     bool credit; /* somebody waits for what has been read */
 } ht_adder_t;
 
-/* Warp: load items ahead into free stages, as far as their rows have come. `from` is the next to be added: that one is
- * waited for. Returns how many have been loaded so far; UINT64_MAX: stop. counts: rows of each stage's item, 8 bits
- * each. */
-EPX__DEVICE uint64_t load_ahead(const ht_combine_t &p, const ht_adder_t &x, const ht_stages_t &s, uint64_t loaded,
-                                uint64_t from, uint32_t *counts)
+/* What an adding warp loads next: a token, a chunk of it, and lane j's row. */
+typedef struct ht_loader {
+    uint32_t token, chunk, stage;
+    uint32_t rows; /* of the token */
+    ht_pick_t pick, next;
+    const char *from; /* lane's row; NULL: none */
+} ht_loader_t;
+
+/* Warp: at a new token, have its rows come? Lane's row is where it says then. 1 yes, 0 not yet, -1 stop. */
+EPX__DEVICE int open_token(const ht_combine_t &p, const ht_adder_t &x, ht_loader_t *l, bool wait)
 {
-    uint64_t items = (uint64_t)p.tokens * p.cut.chunks;
-    for (; loaded < from + p.cut.stages; loaded++) {
-        uint64_t item = x.w + loaded * x.warps;
-        if (item >= items)
-            break;
-        uint32_t i = (uint32_t)(loaded % p.cut.stages);
-        ht_pick_t k = pick_at(p, item, threadIdx.x % 32);
-        if (!__all_sync(0xffffffffu, row_ready(p, x.sources, x.b->n, k, loaded == from))) {
-            if (loaded == from)
-                return UINT64_MAX;
-            break;
-        }
-        uint32_t rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, k.rank >= 0));
-        *counts = (*counts & ~(0xffu << 8 * i)) | rows << 8 * i;
-        pull_item(p, x.sources, s, i, item, k);
-    }
-    return loaded;
+    if (!__all_sync(0xffffffffu, row_ready(p, x.sources, x.b->n, l->pick, wait)))
+        return wait ? -1 : 0;
+    l->from = l->pick.rank < 0 ? NULL : x_row(x.sources[l->pick.rank], l->pick.row);
+    l->rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, l->pick.rank >= 0));
+    if (l->from && x.sources[l->pick.rank].x_ring)
+        fence_proxy_async(); /* announced by a word, read by the engine */
+    l->next = pick_at(p, l->token + x.warps, threadIdx.x % 32);
+    return 1;
 }
 
-template <int dtype>
-EPX__DEVICE bool add_items(const ht_combine_t &p, const ht_adder_t &x, ht_stages_t &s)
+/* Warp: start loading one chunk of every row of the token into the next stage. 1 done, 0 nothing (yet), -1 stop. */
+EPX__DEVICE int load_chunk(const ht_combine_t &p, const ht_adder_t &x, const ht_stages_t &s, ht_loader_t *l, bool wait)
 {
-    uint64_t items = (uint64_t)p.tokens * p.cut.chunks, loaded = 0;
-    uint32_t counts = 0;
-    for (uint64_t done = 0; x.w + done * x.warps < items; done++) {
-        uint64_t item = x.w + done * x.warps;
-        uint32_t i = (uint32_t)(done % p.cut.stages);
-        loaded = load_ahead(p, x, s, loaded, done, &counts);
-        if (loaded == UINT64_MAX)
-            return false;
-        stage_wait(s, i);
-        add_staged<dtype>(p, stage_at(s, i), counts >> 8 * i & 0xffu, item);
-        add_weights(p, x.sources, item);
+    if (l->token >= p.tokens)
+        return 0;
+    if (l->chunk == 0) {
+        int opened = open_token(p, x, l, wait);
+        if (opened != 1)
+            return opened;
+    }
+    uint32_t bytes = chunk_bytes_of(p, l->chunk), lane = threadIdx.x % 32;
+    if (lane == 0)
+        mbarrier_expect_bytes(&s.bars[l->stage], l->rows * bytes);
+    __syncwarp();
+    if (l->from)
+        bulk_load(stage_at(s, l->stage) + lane * p.cut.chunk_bytes, l->from + l->chunk * p.cut.chunk_bytes, bytes,
+                  &s.bars[l->stage]);
+    l->stage = l->stage + 1 == p.cut.stages ? 0 : l->stage + 1;
+    if (++l->chunk == p.cut.chunks) {
+        l->chunk = 0;
+        l->token += x.warps;
+        l->pick = l->next;
+    }
+    return 1;
+}
+
+/* Warp: all its tokens through the stages, as far ahead as their rows have come. */
+template <int dtype>
+EPX__DEVICE bool add_tokens(const ht_combine_t &p, const ht_adder_t &x, ht_stages_t &s)
+{
+    ht_loader_t l = {x.w, 0, 0, 0, pick_at(p, x.w, threadIdx.x % 32), {-1, -1}, NULL};
+    uint32_t i = 0, loaded = 0, done = 0;
+    for (uint32_t token = x.w; token < p.tokens; token += x.warps) {
+        ht_pick_t k = pick_at(p, token, threadIdx.x % 32);
+        uint32_t rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, k.rank >= 0));
+        for (uint32_t chunk = 0; chunk < p.cut.chunks; chunk++) {
+            int more = 1;
+            while (loaded < p.cut.stages && more == 1) {
+                more = load_chunk(p, x, s, &l, loaded == 0);
+                loaded += more == 1;
+            }
+            if (loaded == 0)
+                return false;
+            stage_wait(s, i);
+            add_staged<dtype>(p, stage_at(s, i), rows, token, chunk);
+            __syncwarp();
+            i = i + 1 == p.cut.stages ? 0 : i + 1;
+            loaded--;
+        }
+        add_weights(p, x.sources, token);
         if (x.credit)
-            tell_progress(x.b, (uint32_t)done + 1);
-        __syncwarp();
+            tell_progress(x.b, ++done);
     }
     return true;
 }
 
 template <int dtype>
-EPX__DEVICE bool add_items_plain(const ht_combine_t &p, const ht_adder_t &x)
+EPX__DEVICE bool add_tokens_plain(const ht_combine_t &p, const ht_adder_t &x)
 {
     uint32_t lane = threadIdx.x % 32, done = 0;
-    uint64_t items = (uint64_t)p.tokens * p.cut.chunks;
-    for (uint64_t item = x.w; item < items; item += x.warps) {
+    for (uint32_t token = x.w; token < p.tokens; token += x.warps) {
         bool ok = true;
         for (uint32_t j = lane; j < p.h.slots && ok; j += 32)
-            ok = row_ready(p, x.sources, x.b->n, pick_at(p, item, j), true);
+            ok = row_ready(p, x.sources, x.b->n, pick_at(p, token, j), true);
         if (!__all_sync(0xffffffffu, ok))
             return false;
-        add_plain<dtype>(p, x.sources, item);
-        add_weights(p, x.sources, item);
+        add_plain<dtype>(p, x.sources, token);
+        add_weights(p, x.sources, token);
         if (x.credit)
             tell_progress(x.b, ++done);
     }
@@ -383,6 +404,7 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
     bool ok = true;
     for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
         ok = read_source(p, b->n, r, &sources[r]);
+    fence_proxy_async(); /* where rows are was published by ordinary stores */
     if (!__syncthreads_and(ok))
         return;
     ht_adder_t x = {sources, b, threadIdx.x / 32 * blocks + blockIdx.x - p.push_blocks, blocks * p.cut.warps,
@@ -395,9 +417,9 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
     }
     if (EPX__BULK && p.slots_bulk) {
         ht_stages_t s = stages_init(p.cut, shared);
-        add_items<dtype>(p, x, s);
+        add_tokens<dtype>(p, x, s);
     } else {
-        add_items_plain<dtype>(p, x);
+        add_tokens_plain<dtype>(p, x);
     }
     tell_ended(b);
 }

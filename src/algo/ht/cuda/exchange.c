@@ -280,8 +280,9 @@ static void destroy(epx__exchange_t *exchange)
 
 /* ---- failures ---- */
 
-static const char *const kind_names[] = {"?",       "dispatch_begin", "dispatch_end or dispatch_again",
-                                         "combine", "barrier",        "check"};
+static const char *const kind_names[] = {"?",           "dispatch_begin", "dispatch_end or dispatch_again",
+                                         "combine",     "barrier",        "check",
+                                         "ll_dispatch", "ll_combine"};
 
 static const char *kind_name(uint64_t kind)
 {
@@ -330,6 +331,11 @@ static void fault_own(ht_cuda_t *h, const ht_host_t *r)
     else if (r->stage == HT_STAGE_SHAPE)
         epx__exchange_fault(h->exchange, status, "half %llu, %s: rank %d passes other sizes or formats than this rank",
                             half, kind, r->peer);
+    else if (r->stage == HT_STAGE_OWED)
+        epx__exchange_fault(h->exchange, status,
+                            "call %llu, %s: its slot may still be written by rank %d, which was given up in call %llu "
+                            "but is alive; end its process, or make the buffer with more ll_slots",
+                            half, kind, r->peer, expected);
     else if (r->stage == HT_STAGE_OVERFLOW)
         epx__exchange_fault(h->exchange, status, "half %llu, %s: rank %d would receive %llu rows but has room for %llu",
                             half, kind, r->peer, seen, expected);

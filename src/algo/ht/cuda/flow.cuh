@@ -90,11 +90,11 @@ EPX__DEVICE bool gate_open(const ht_flow_t &f, uint64_t n, uint32_t p)
     return ld_acquire_sys_u64(&f.gate[b % HT_WORDS]) >= batch_word(n, b);
 }
 
-/* How often a batch of a flow is counted until it is complete: its rows, `times` each. */
-EPX__DEVICE uint32_t batch_total(uint32_t rows, uint32_t batch, uint32_t b, uint32_t times)
+/* Rows of batch b. */
+EPX__DEVICE uint32_t batch_total(uint32_t rows, uint32_t batch, uint32_t b)
 {
     uint32_t left = rows - b * batch;
-    return (left < batch ? left : batch) * times;
+    return left < batch ? left : batch;
 }
 
 /*
@@ -113,7 +113,7 @@ EPX__DEVICE void count_batch(uint32_t *counts, uint64_t *publish, uint64_t n, ui
 EPX__DEVICE void flow_count(const ht_flow_t &f, uint64_t n, uint32_t p)
 {
     uint32_t b = p / f.batch;
-    count_batch(f.counts, f.publish, n, b, batch_total(f.rows, f.batch, b, 1));
+    count_batch(f.counts, f.publish, n, b, batch_total(f.rows, f.batch, b));
 }
 
 /* ---- the announcing warp ---- */
@@ -178,29 +178,35 @@ EPX__DEVICE void flow_move_parts(const ht_flow_t &f, uint32_t p)
     }
 }
 
-/* Warp: the payload of one row, through the stages. Leaves the stores of at most the last chunk's group under way. */
-EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, uint32_t &turn, uint32_t p)
+/* Warp: the payload of one row: as many pieces as there are stages are loaded together, then stored one by one. Leaves
+ * stores under way. */
+EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, uint32_t p)
 {
     const char *from = f.x + flow_from(f, p) * f.x_stride;
     char *to = f.x_to + flow_to(f, p) * f.x_to_stride;
 #if EPX__BULK
-    for (uint64_t at = 0; at < f.x_bytes; at += cut.stage_bytes) {
-        uint32_t bytes = f.x_bytes - at < cut.stage_bytes ? (uint32_t)(f.x_bytes - at) : cut.stage_bytes;
-        uint32_t i = turn++ % cut.stages;
-        if (threadIdx.x % 32 == 0) {
-            if (cut.stages > 1)
-                bulk_wait_read_but_1();
-            else
-                bulk_wait_read_all();
-            fence_proxy_async(); /* the rows were announced by a word: generic before async */
+    uint32_t left = (uint32_t)f.x_bytes, lane = threadIdx.x % 32;
+    while (left) {
+        uint32_t pieces = (left + cut.stage_bytes - 1) / cut.stage_bytes;
+        pieces = pieces < cut.stages ? pieces : cut.stages;
+        bulk_wait_read_all();
+        fence_proxy_async(); /* the rows were announced by a word: generic before async */
+        for (uint32_t i = 0; lane == 0 && i < pieces; i++) {
+            uint32_t bytes =
+                left - i * cut.stage_bytes < cut.stage_bytes ? left - i * cut.stage_bytes : cut.stage_bytes;
             mbarrier_expect_bytes(&s.bars[i], bytes);
-            bulk_load(stage_at(s, i), from + at, bytes, &s.bars[i]);
+            bulk_load(stage_at(s, i), from + i * cut.stage_bytes, bytes, &s.bars[i]);
         }
-        stage_wait(s, i);
-        if (threadIdx.x % 32 == 0) {
-            bulk_store(to + at, stage_at(s, i), bytes);
-            bulk_commit();
+        for (uint32_t i = 0; i < pieces; i++) {
+            uint32_t bytes = left < cut.stage_bytes ? left : cut.stage_bytes;
+            stage_wait(s, i);
+            if (lane == 0)
+                bulk_store(to, stage_at(s, i), bytes);
+            from += bytes;
+            to += bytes;
+            left -= bytes;
         }
+        bulk_commit();
         __syncwarp();
     }
 #else
@@ -237,7 +243,6 @@ EPX__DEVICE int peer_at(const ht_common_t &c, uint32_t i)
 typedef struct ht_runner {
     ht_block_t *b;
     ht_share_t share;
-    uint32_t turn; /* of the stages */
     uint32_t done; /* rows moved, in all */
 } ht_runner_t;
 
@@ -268,7 +273,7 @@ EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t
             break;
         flow_move_parts(f, p);
         if (f.x_bytes)
-            flow_move_x(f, cut, s, r.turn, p);
+            flow_move_x(f, cut, s, p);
         if (f.publish && moved) { /* the row before is written by now, but for the newest group */
             bulk_wait_done_but_1();
             rows_written(f, r, last);
@@ -317,7 +322,7 @@ __device__ bool flows_run(const params_t &p, ht_stages_t &s, ht_block_t *b, uint
     uint32_t peers = (uint32_t)c.ranks - 1, alone = 0;
     if (peers == 0)
         return true;
-    ht_runner_t r = {b, share_of(w, warps, peers), 0, 0};
+    ht_runner_t r = {b, share_of(w, warps, peers), 0};
     for (uint32_t i = r.share.first + threadIdx.x % 32 * r.share.next; r.share.several && i < peers;
          i += 32 * r.share.next)
         cursors[i] = 0;

@@ -36,6 +36,7 @@ enum ht_stage {
     HT_STAGE_END,      /* waiting for the peer to end the half */
     HT_STAGE_BARRIER,  /* waiting for this kernel's other blocks */
     HT_STAGE_OVERFLOW, /* more rows than room */
+    HT_STAGE_OWED,     /* low latency: the peer was given up in the slot's last call and may still write there */
     HT_STAGE_TOLD      /* a peer told of its failure */
 };
 

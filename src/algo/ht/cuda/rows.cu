@@ -109,23 +109,21 @@ EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
 
 /* ---- sending ---- */
 
-/* A warp's walk over its items. */
-typedef struct ht_walk {
-    uint32_t warp, warps; /* among all sending warps */
-    uint32_t lane;
-    uint64_t items;
-} ht_walk_t;
+/* A piece of work: a token, and which chunk of its row (one, unless rows are large). */
+typedef struct ht_item {
+    uint32_t token, chunk;
+} ht_item_t;
 
-/* Lane's destination of one item. */
+/* Lane's destination of one token. */
 typedef struct ht_aim {
     int32_t rank, row; /* -1: none */
 } ht_aim_t;
 
-EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint64_t item, uint32_t slot)
+EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint32_t token, uint32_t slot)
 {
     ht_aim_t a = {-1, -1};
-    size_t i = (size_t)(item / p.cut.chunks) * p.h.slots + slot;
-    if (slot < p.h.slots) {
+    size_t i = (size_t)token * p.h.slots + slot;
+    if (slot < p.h.slots && token < p.tokens) {
         a.rank = __ldg(&p.h.dst_rank[i]);
         a.row = __ldg(&p.h.dst_row[i]);
     }
@@ -134,21 +132,19 @@ EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint64_t item, uint32_t slot)
 
 EPX__DEVICE uint32_t chunk_bytes_of(const ht_rows_t &p, uint32_t chunk)
 {
-    uint64_t at = (uint64_t)chunk * p.cut.chunk_bytes;
-    return p.row_bytes - at < p.cut.chunk_bytes ? (uint32_t)(p.row_bytes - at) : p.cut.chunk_bytes;
+    uint32_t left = (uint32_t)p.row_bytes - chunk * p.cut.chunk_bytes;
+    return left < p.cut.chunk_bytes ? left : p.cut.chunk_bytes;
 }
 
-/* Lane 0: start loading an item's bytes into stage i. The side data follows the first chunk when it goes by bulk
- * copies. */
-EPX__DEVICE void send_load(const ht_rows_t &p, const ht_stages_t &s, uint32_t i, uint64_t item)
+/* Lane 0: start loading an item's bytes into stage i. Side data that goes by bulk copies follows the first chunk. */
+EPX__DEVICE void send_load(const ht_rows_t &p, const ht_stages_t &s, uint32_t i, ht_item_t item)
 {
-    uint64_t token = item / p.cut.chunks;
-    uint32_t chunk = (uint32_t)(item % p.cut.chunks), bytes = chunk_bytes_of(p, chunk);
-    bool side = chunk == 0 && p.side_bulk;
+    uint32_t bytes = chunk_bytes_of(p, item.chunk);
+    bool side = item.chunk == 0 && p.side_bulk;
     mbarrier_expect_bytes(&s.bars[i], bytes + (side ? p.side_bytes : 0));
-    bulk_load(stage_at(s, i), p.x + token * p.x_stride + (uint64_t)chunk * p.cut.chunk_bytes, bytes, &s.bars[i]);
+    bulk_load(stage_at(s, i), p.x + item.token * p.x_stride + item.chunk * p.cut.chunk_bytes, bytes, &s.bars[i]);
     if (side)
-        bulk_load(stage_at(s, i) + p.cut.chunk_bytes, p.side + (int64_t)token * p.side_token_stride, p.side_bytes,
+        bulk_load(stage_at(s, i) + p.cut.chunk_bytes, p.side + (int64_t)item.token * p.side_token_stride, p.side_bytes,
                   &s.bars[i]);
 }
 
@@ -172,33 +168,31 @@ EPX__DEVICE bool send_credit(const ht_rows_t &p, const ht_dest_t &d, uint64_t n,
 }
 
 /* Lane: the payload chunk (and bulk side data) to its destination. */
-EPX__DEVICE void send_store(const ht_rows_t &p, const ht_dest_t &d, const ht_stages_t &s, uint32_t i, uint64_t item,
+EPX__DEVICE void send_store(const ht_rows_t &p, const ht_dest_t &d, const ht_stages_t &s, uint32_t i, ht_item_t item,
                             ht_aim_t a)
 {
-    uint32_t chunk = (uint32_t)(item % p.cut.chunks), bytes = chunk_bytes_of(p, chunk);
     uint64_t row = dest_row(d, a.row);
-    bulk_store(d.x + row * p.row_bytes + (uint64_t)chunk * p.cut.chunk_bytes, stage_at(s, i), bytes);
-    if (chunk == 0 && p.side_bulk && d.side)
+    bulk_store(d.x + row * p.row_bytes + item.chunk * p.cut.chunk_bytes, stage_at(s, i), chunk_bytes_of(p, item.chunk));
+    if (item.chunk == 0 && p.side_bulk && d.side)
         bulk_store(d.side + row * p.side_bytes, stage_at(s, i) + p.cut.chunk_bytes, p.side_bytes);
 }
 
 /* Warp, below sm_90: the same by ordinary loads and stores. */
-EPX__DEVICE void send_plain(const ht_rows_t &p, const ht_dest_t *dests, uint64_t item, ht_aim_t a)
+EPX__DEVICE void send_plain(const ht_rows_t &p, const ht_dest_t *dests, ht_item_t item, ht_aim_t a)
 {
-    uint64_t token = item / p.cut.chunks;
-    uint32_t chunk = (uint32_t)(item % p.cut.chunks), bytes = chunk_bytes_of(p, chunk), lane = threadIdx.x % 32;
-    const char *from = p.x + token * p.x_stride + (uint64_t)chunk * p.cut.chunk_bytes;
+    uint32_t bytes = chunk_bytes_of(p, item.chunk), lane = threadIdx.x % 32, offset = item.chunk * p.cut.chunk_bytes;
+    const char *from = p.x + item.token * p.x_stride + offset;
     for (uint32_t left = __ballot_sync(0xffffffffu, a.rank >= 0); left; left &= left - 1) {
         int j = __ffs((int)left) - 1;
         int rank = __shfl_sync(0xffffffffu, a.rank, j), row = __shfl_sync(0xffffffffu, a.row, j);
-        char *to = dests[rank].x + dest_row(dests[rank], row) * p.row_bytes + (uint64_t)chunk * p.cut.chunk_bytes;
+        char *to = dests[rank].x + dest_row(dests[rank], row) * p.row_bytes + offset;
         for (uint32_t at = lane * 16; at < bytes; at += 512)
             st_global_16(to + at, ld_global_16(from + at));
     }
 }
 
 /* Warp: one token's side data to one destination, any strides. */
-EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint64_t token)
+EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint32_t token)
 {
     uint32_t lane = threadIdx.x % 32, width = p.side_elem_bytes;
     const char *from = p.side + (int64_t)token * p.side_token_stride;
@@ -218,70 +212,86 @@ EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint64_t token)
     }
 }
 
-/* Lane k's choice of one token, loaded while the row is still on its way. */
+/* The k-th choice of one token. */
 typedef struct ht_choice {
+    uint32_t k;
     int64_t id;
     float weight;
 } ht_choice_t;
 
-EPX__DEVICE ht_choice_t choice_at(const ht_rows_t &p, uint64_t item, uint32_t lane)
+EPX__DEVICE ht_choice_t choice_at(const ht_rows_t &p, uint32_t token, uint32_t k)
 {
-    ht_choice_t k = {-1, 0.0f};
-    size_t at = (size_t)(item / p.cut.chunks) * p.topk + lane;
-    if (!p.first || lane >= p.topk || item % p.cut.chunks != 0)
-        return k;
-    k.id = epx__topk_id(p.topk_idx, p.bits, at);
-    if (p.row_shape.weights)
-        k.weight = p.topk_weights[at];
-    return k;
+    ht_choice_t c = {k, -1, 0.0f};
+    size_t at = (size_t)token * p.topk + k;
+    if (k < p.topk) {
+        c.id = epx__topk_id(p.topk_idx, p.bits, at);
+        if (p.row_shape.weights)
+            c.weight = p.topk_weights[at];
+    }
+    return c;
 }
 
-/* Warp: ids as the destination sees them, their weights, and where the row came from. */
-EPX__DEVICE void send_ids(const ht_rows_t &p, const ht_dest_t &d, uint64_t row, uint64_t token, int rank, ht_choice_t k)
+/* Lane with choice k: the id as the destination sees it, its weight; k = 0: where the row came from. */
+EPX__DEVICE void send_ids(const ht_rows_t &p, const ht_dest_t &d, uint64_t row, uint32_t token, int rank, ht_choice_t c)
 {
-    uint32_t lane = threadIdx.x % 32;
-    if (lane == 0 && d.src)
+    if (c.k == 0 && d.src)
         ((int32_t *)d.src)[row] = (int32_t)token;
-    if (lane >= p.topk || (!d.idx && !d.weights))
+    if (c.k >= p.topk || (!d.idx && !d.weights))
         return;
-    bool here = k.id >= 0 && k.id < (int64_t)p.map.experts && epx__expert_rank(&p.map, k.id) == rank;
-    int32_t local = here ? epx__expert_local(&p.map, k.id) : -1;
-    uint64_t at = row * p.topk + lane;
+    bool here = c.id >= 0 && c.id < (int64_t)p.map.experts && epx__expert_rank(&p.map, c.id) == rank;
+    int32_t local = here ? epx__expert_local(&p.map, c.id) : -1;
+    uint64_t at = row * p.topk + c.k;
     if (d.idx && p.bits == 32)
         ((int32_t *)d.idx)[at] = local;
     else if (d.idx)
         ((int64_t *)d.idx)[at] = local;
     if (d.weights)
-        ((float *)d.weights)[at] = here ? k.weight : 0.0f;
+        ((float *)d.weights)[at] = here ? c.weight : 0.0f;
 }
 
-/* Warp: what goes by ordinary stores, to each of (up to 32) destinations in turn. */
-EPX__DEVICE void send_rest(const ht_rows_t &p, const ht_dest_t *dests, uint64_t item, ht_aim_t a, ht_choice_t k)
+/* One warp beside the senders: ids, weights and source tokens of the block's share of all tokens, some lanes a token.
+ * Only when nobody asks for progress words, which would have to cover them. */
+EPX__DEVICE void send_ids_aside(const ht_rows_t &p, const ht_dest_t *dests)
 {
-    bool side = p.side_bytes && !p.side_bulk;
-    if (item % p.cut.chunks != 0 || (!side && !p.first))
-        return;
-    uint64_t token = item / p.cut.chunks;
-    for (uint32_t left = __ballot_sync(0xffffffffu, a.rank >= 0); left; left &= left - 1) {
-        int j = __ffs((int)left) - 1;
-        int rank = __shfl_sync(0xffffffffu, a.rank, j), row = __shfl_sync(0xffffffffu, a.row, j);
-        const ht_dest_t &d = dests[rank];
-        uint64_t to = dest_row(d, row);
-        if (side && d.side)
-            send_side(p, d.side + to * p.side_bytes, token);
-        if (p.first)
-            send_ids(p, d, to, token, rank, k);
+    uint32_t lanes = 1, lane = threadIdx.x % 32;
+    while (lanes < p.topk)
+        lanes *= 2;
+    uint32_t tokens = 32 / lanes;
+    for (uint32_t t = blockIdx.x * tokens + lane / lanes; t < p.tokens; t += p.send_blocks * tokens) {
+        ht_choice_t c = choice_at(p, t, lane % lanes);
+        for (uint32_t slot = 0; slot < p.h.slots; slot++) {
+            ht_aim_t a = aim_at(p, t, slot);
+            if (a.rank < 0)
+                break;
+            send_ids(p, dests[a.rank], dest_row(dests[a.rank], a.row), t, a.rank, c);
+        }
     }
 }
 
-/* A sending warp. */
+/* A sending warp: every `warps`-th token from `warp` on. */
 typedef struct ht_sender {
     const ht_dest_t *dests;
     ht_block_t *b;
-    ht_walk_t w;
-    uint32_t done; /* items put on their way */
+    uint32_t warp, warps, lane;
+    uint32_t done; /* tokens put on their way */
     bool counted;  /* some receiver asks for progress words */
 } ht_sender_t;
+
+/* Warp: what goes by ordinary stores, to each of (up to 32) destinations in turn. */
+EPX__DEVICE void send_rest(const ht_rows_t &p, const ht_sender_t &x, uint32_t token, ht_aim_t a, ht_choice_t c)
+{
+    bool side = p.side_bytes && !p.side_bulk, ids = p.first && x.counted;
+    for (uint32_t left = side || ids ? __ballot_sync(0xffffffffu, a.rank >= 0) : 0; left; left &= left - 1) {
+        int j = __ffs((int)left) - 1;
+        int rank = __shfl_sync(0xffffffffu, a.rank, j), row = __shfl_sync(0xffffffffu, a.row, j);
+        const ht_dest_t &d = x.dests[rank];
+        uint64_t to = dest_row(d, row);
+        if (side && d.side)
+            send_side(p, d.side + to * p.side_bytes, token);
+        if (ids)
+            send_ids(p, d, to, token, rank, c);
+    }
+}
 
 /* Warp: wait until every lane's row may be written. What was sent before is told first: the receiver may wait for it.
  */
@@ -302,10 +312,10 @@ EPX__DEVICE bool send_gate(const ht_rows_t &p, const ht_sender_t &x, ht_aim_t a)
 }
 
 /* Warp: one item's bytes in stage i to (up to 32) destinations. */
-EPX__DEVICE bool send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, uint64_t item,
-                         ht_aim_t a, ht_choice_t k)
+EPX__DEVICE bool send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, ht_item_t item,
+                         ht_aim_t a, ht_choice_t c)
 {
-    if (x.counted && !send_gate(p, x, a))
+    if (x.counted && item.chunk == 0 && !send_gate(p, x, a))
         return false;
 #if EPX__BULK
     if (a.rank >= 0)
@@ -314,72 +324,81 @@ EPX__DEVICE bool send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stag
 #else
     send_plain(p, x.dests, item, a);
 #endif
-    send_rest(p, x.dests, item, a, k);
+    if (item.chunk == 0)
+        send_rest(p, x, item.token, a, c);
     return true;
 }
 
 /* Warp: destinations beyond the first 32 of one item (a mask over many ranks). */
-EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, uint64_t item,
-                           ht_choice_t k)
+EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, ht_item_t item,
+                           ht_choice_t c)
 {
     for (uint32_t at = 32; at < p.h.slots; at += 32) {
-        ht_aim_t a = aim_at(p, item, at + x.w.lane);
+        ht_aim_t a = aim_at(p, item.token, at + x.lane);
         if (!__any_sync(0xffffffffu, a.rank >= 0))
             break;
-        if (!send_to(p, x, s, i, item, a, k))
+        if (!send_to(p, x, s, i, item, a, c))
             return false;
     }
     bulk_wait_done();
     return true;
 }
 
-/* Warp: all its items. The first one is being loaded into stage 0; `next` is where it goes. */
-EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t next)
+/* Warp: the next item's bytes into a stage whose last bytes have been read. */
+EPX__DEVICE void send_ahead(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, ht_item_t ahead)
 {
-    bool ok = true, loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
-    uint32_t stages = p.cut.stages, i = 0;
-    for (uint64_t item = x.w.warp; item < x.w.items && ok; item += x.w.warps) {
-        ht_aim_t a = next;
-        uint64_t ahead = item + x.w.warps;
-        bool used = loading;
-        uint32_t then = i + 1 == stages ? 0 : i + 1;
-        next = ahead < x.w.items ? aim_at(p, ahead, x.w.lane) : ht_aim_t{-1, -1};
-        loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
-        if (EPX__BULK && stages > 1 && loading) { /* into the stage of the item before: it must have been read */
-            bulk_wait_read_all();
-            __syncwarp();
-            if (x.w.lane == 0)
-                send_load(p, s, then, ahead);
-        }
+    if (EPX__BULK) {
+        bulk_wait_read_all();
+        __syncwarp();
+        if (x.lane == 0)
+            send_load(p, s, i, ahead);
+    }
+}
+
+/* Warp: all its items. The first one is being loaded into stage 0, if its token goes anywhere; `a` says where. */
+EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t a)
+{
+    ht_item_t item = {x.warp, 0};
+    ht_aim_t next = aim_at(p, x.warp + x.warps, x.lane);
+    ht_choice_t c = {x.lane, -1, 0.0f};
+    uint32_t i = 0;
+    bool ok = true;
+    while (item.token < p.tokens && ok) {
+        bool used = __any_sync(0xffffffffu, a.rank >= 0) != 0, last = !used || item.chunk + 1 == p.cut.chunks;
+        uint32_t then = i + 1 == p.cut.stages ? 0 : i + 1;
+        ht_item_t ahead = {last ? item.token + x.warps : item.token, last ? 0 : item.chunk + 1};
+        bool loading = last ? __any_sync(0xffffffffu, next.rank >= 0) != 0 : true;
+        if (then != i && loading)
+            send_ahead(p, x, s, then, ahead);
         if (used) {
-            ht_choice_t k = choice_at(p, item, x.w.lane);
+            if (item.chunk == 0 && p.first && x.counted)
+                c = choice_at(p, item.token, x.lane);
             if (EPX__BULK)
                 stage_wait(s, i);
-            ok = send_to(p, x, s, i, item, a, k) && (p.h.slots <= 32 || send_more(p, x, s, i, item, k));
-        } else {
-            bulk_commit();
+            ok = send_to(p, x, s, i, item, a, c) && (p.h.slots <= 32 || send_more(p, x, s, i, item, c));
         }
-        if (x.counted && ok) { /* all but the newest are written */
+        if (last && x.counted && ok) { /* all tokens but the newest are written; a token of many chunks a little late */
             bulk_wait_done_but_1();
             tell_progress(x.b, x.done++);
         }
-        if (EPX__BULK && stages == 1 && loading && ok) {
-            bulk_wait_read_all();
-            __syncwarp();
-            if (x.w.lane == 0)
-                send_load(p, s, 0, ahead);
+        if (then == i && loading && ok)
+            send_ahead(p, x, s, i, ahead);
+        else if (EPX__BULK && loading && !ok && then != i)
+            stage_wait(s, then); /* the engine still writes shared memory: do not leave before */
+        if (last) {
+            a = next;
+            next = aim_at(p, ahead.token + x.warps, x.lane);
         }
+        item = ahead;
         i = then;
     }
-    if (EPX__BULK && !ok && loading && stages > 1)
-        stage_wait(s, i); /* the engine still writes shared memory: do not leave before */
     bulk_wait_done();
     if (x.counted && ok)
         tell_progress(x.b, x.done);
     return ok;
 }
 
-/* For the announcing warp: one item of one sending warp is written everywhere. */
+/* For the announcing warp: one token of one sending warp is written everywhere. */
 typedef struct ht_sent {
     const ht_rows_t *p;
     const ht_dest_t *dests;
@@ -388,9 +407,9 @@ typedef struct ht_sent {
 EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uint32_t i)
 {
     const ht_rows_t &p = *x.p;
-    uint64_t item = (uint64_t)warp * p.send_blocks + blockIdx.x + (uint64_t)i * p.send_blocks * p.cut.warps;
+    uint32_t token = warp * p.send_blocks + blockIdx.x + i * p.send_blocks * p.cut.warps;
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
-        ht_aim_t a = aim_at(p, item, slot);
+        ht_aim_t a = aim_at(p, token, slot);
         if (a.rank < 0)
             break;
         const ht_dest_t &d = x.dests[a.rank];
@@ -398,7 +417,7 @@ EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uin
             continue;
         uint32_t b = ((uint32_t)a.row - d.first) / d.batch;
         count_batch(p.c.produced + (size_t)a.rank * HT_WORDS, put_words(p.c, p.c.peers[a.rank], p.c.rank), n, b,
-                    batch_total(d.rows, d.batch, b, p.cut.chunks));
+                    batch_total(d.rows, d.batch, b));
     }
 }
 
@@ -488,22 +507,18 @@ EPX__DEVICE void copy_sources(const ht_rows_t &p, bool keep, uint64_t at, uint64
 EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
 {
     ht_dest_t *dests = (ht_dest_t *)(shared + p.cut.table_offset);
-    ht_sender_t x = {dests, b, {}, 0, false};
+    ht_sender_t x = {
+        dests, b,    threadIdx.x / 32 * p.send_blocks + blockIdx.x, p.send_blocks * p.cut.warps, threadIdx.x % 32,
+        0,     false};
     bool worker = threadIdx.x / 32 < p.cut.warps, ok = true, loading = false;
     ht_stages_t s = {};
-    ht_aim_t next = {-1, -1};
-    x.w.warp = threadIdx.x / 32 * p.send_blocks + blockIdx.x;
-    x.w.warps = p.send_blocks * p.cut.warps;
-    x.w.lane = threadIdx.x % 32;
-    x.w.items = (uint64_t)p.tokens * p.cut.chunks;
+    ht_aim_t a = {-1, -1};
     if (worker) {
         s = stages_init(p.cut, shared);
-        if (x.w.warp < x.w.items) { /* reading one's own x needs nobody's leave */
-            next = aim_at(p, x.w.warp, x.w.lane);
-            if (EPX__BULK && x.w.lane == 0 && next.rank >= 0)
-                send_load(p, s, 0, x.w.warp);
-        }
-        loading = __any_sync(0xffffffffu, next.rank >= 0) != 0;
+        a = aim_at(p, x.warp, x.lane);
+        loading = __any_sync(0xffffffffu, a.rank >= 0) != 0;
+        if (loading)
+            send_ahead(p, x, s, 0, ht_item_t{x.warp, 0}); /* reading one's own x needs nobody's leave */
     }
     for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
         ok = read_place(p, b->n, r, &dests[r]);
@@ -514,12 +529,14 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
         return;
     }
     x.counted = any_counted(p, dests);
+    ht_sent_t sent = {&p, dests};
     if (worker) {
-        send_items(p, x, s, next);
+        send_items(p, x, s, a);
         tell_ended(b);
     } else if (x.counted) {
-        ht_sent_t sent = {&p, dests};
         announce<ht_sent_t, account_item>(sent, b, p.cut.warps);
+    } else if (p.first) {
+        send_ids_aside(p, dests);
     }
 }
 
