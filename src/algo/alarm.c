@@ -51,8 +51,11 @@ epx_status_t epx__alarm_raise(epx__exchange_t *exchange, epx_status_t status, ui
     for (int r = 0; r < exchange->topology->ranks; r++)
         if (r != exchange->rank && exchange->peer[r])
             tell(exchange, r, status, sequence, about, words);
-    if (exchange->net)
-        epx__bootstrap_notify(exchange->bootstrap, exchange->notice_tag, words, strlen(words));
+    if (exchange->net) {
+        char all[512];
+        snprintf(all, sizeof all, "(%s, half %" PRIu64 "): %s", epx__status_name(status), sequence, words);
+        epx__bootstrap_notify(exchange->bootstrap, exchange->notice_tag, all, strlen(all));
+    }
     return epx__exchange_fault(exchange, status, "%s", words);
 }
 

@@ -64,7 +64,7 @@ static void on_change(void *context)
 static void on_notice(void *context, int from, const void *data, size_t bytes)
 {
     epx_buffer_t *buffer = context;
-    epx__exchange_fault(&buffer->x, EPX_E_PEER, "rank %d failed: %.*s", from, (int)bytes, (const char *)data);
+    epx__exchange_fault(&buffer->x, EPX_E_PEER, "rank %d failed %.*s", from, (int)bytes, (const char *)data);
     buffer->x.ops->interrupt(&buffer->x);
 }
 
@@ -161,7 +161,10 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
     if (status == EPX_OK)
         status = epx__bootstrap_on_notice(group->bootstrap, tag, on_notice, buffer, &own->notice_slot);
     buffer->x.notice_tag = tag;
-    return epx__group_agree(group, status, "connecting the rails");
+    EPX__TRY(epx__group_agree(group, status, "connecting the rails"));
+    /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. */
+    status = epx_channels_barrier(rails->channels);
+    return epx__group_agree(group, status, "trying the rails");
 }
 
 void epx__buffer_rails_close(epx_buffer_t *buffer)

@@ -69,7 +69,7 @@ static bool post_mail(epx__half_t *half, epx__ht_peer_t *peer)
     return true;
 }
 
-static const char *kind_name(uint32_t kind)
+const char *epx__half_kind(uint32_t kind)
 {
     static const char *const names[] = {"nothing", "dispatch_begin", "dispatch_end or dispatch_again",
                                         "combine", "barrier",        "check"};
@@ -86,7 +86,7 @@ static epx_status_t check_mail(epx__half_t *half, const epx__ht_peer_t *peer)
             half, EPX_E_MISMATCH, peer->rank,
             "collective %" PRIu64 " of this buffer is %s on rank %d but %s on rank %d; all ranks must make "
             "the same calls in the same order",
-            half->sequence, kind_name(half->kind), half->ht->exchange->rank, kind_name(mail->kind), peer->rank);
+            half->sequence, epx__half_kind(half->kind), half->ht->exchange->rank, epx__half_kind(mail->kind), peer->rank);
     if (mail->generation != half->generation)
         return epx__half_fail(
             half, EPX_E_MISMATCH, peer->rank,

@@ -101,6 +101,9 @@ struct epx__half {
 /* Take the next number and run the half to its end. timeout_ms 0 is the buffer's. */
 epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms);
 
+/* The call behind an enum epx__kind, in words. */
+const char *epx__half_kind(uint32_t kind);
+
 /* Fail inside a half: record, tell every peer. Returns `status`. */
 epx_status_t epx__half_fail(epx__half_t *half, epx_status_t status, int peer, const char *format, ...)
     __attribute__((format(printf, 4, 5)));

@@ -147,13 +147,18 @@ static epx_status_t check(epx__half_t *half, const epx__ht_rail_t *rail)
         return epx__half_fail(half, EPX_E_NET, rail->rank,
                               "%s on rank %d: rank %d's message is number %" PRIu64 ", not %" PRIu64, half->operation,
                               me, rail->rank, mail->sequence, half->sequence);
-    if (mail->kind != (uint32_t)half->kind || mail->generation != half->generation)
+    if (mail->kind != (uint32_t)half->kind)
         return epx__half_fail(half, EPX_E_MISMATCH, rail->rank,
                               "collective %" PRIu64
-                              " of this buffer is %s (kind %u, dispatch %u) on rank %d but kind %u, "
-                              "dispatch %u on rank %d; all ranks must make the same calls in the same order",
-                              half->sequence, half->operation, half->kind, half->generation, me, mail->kind,
-                              mail->generation, rail->rank);
+                              " of this buffer is %s on rank %d but %s on rank %d; all ranks must make "
+                              "the same calls in the same order",
+                              half->sequence, epx__half_kind(half->kind), me, epx__half_kind(mail->kind), rail->rank);
+    if (mail->generation != half->generation)
+        return epx__half_fail(
+            half, EPX_E_MISMATCH, rail->rank,
+            "%s is about dispatch %u on rank %d but about dispatch %u on rank %d; all ranks must pass the "
+            "handle of the same dispatch",
+            half->operation, half->generation, me, mail->generation, rail->rank);
     if (mail->shape != half->shape)
         return epx__half_fail(
             half, EPX_E_MISMATCH, rail->rank,
