@@ -48,14 +48,18 @@ static int share_memory(bench_t *bench)
     /* Rounded down: the floor may move less than the library, never more. */
     bench->floor_row_bytes = (bench->row_bytes + bench->side_bytes) / 16 * 16;
     bench->floor_area = calloc((size_t)work->ranks, sizeof *bench->floor_area);
-    size_t times = 2 * BENCH_OPS * (size_t)options->iters * (size_t)options->ranks;
+    size_t *at = calloc((size_t)work->ranks, sizeof *at),
+           times = 2 * BENCH_OPS * (size_t)options->iters * (size_t)options->ranks;
     bench->result = ranks_share(sizeof *bench->result + times * sizeof(double));
-    for (int r = 0; r < work->ranks && bench->floor_area; r++) {
-        bench->floor_area[r] = bench->floor_shared_bytes;
+    for (int r = 0; r < work->ranks && at; r++) {
+        at[r] = bench->floor_shared_bytes;
         bench->floor_shared_bytes += (work->recv_rows[r] * bench->floor_row_bytes + 4095) / 4096 * 4096;
     }
     if (bench->floor_shared_bytes && !options->no_floor)
         bench->floor_shared = ranks_share(bench->floor_shared_bytes);
+    for (int r = 0; r < work->ranks && at && bench->floor_area && bench->floor_shared; r++)
+        bench->floor_area[r] = bench->floor_shared + at[r];
+    free(at);
     if (bench->floor_area && bench->result && (bench->floor_shared || !bench->floor_shared_bytes || options->no_floor))
         return 0;
     fprintf(stderr, "epx bench: no memory to share among the ranks (%zu bytes)\n", bench->floor_shared_bytes);

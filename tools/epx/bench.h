@@ -49,7 +49,7 @@ void bench_work_fini(bench_work_t *work);
 
 /* What the ranks write for the report; memory shared by all. */
 typedef struct bench_result {
-    char backend[16], net[64], floor_name[BENCH_OPS][64];
+    char backend[16], net[64], floor_name[BENCH_OPS][96];
     char backend_why[200], domain_why[200], threads_why[200], net_why[200];
     int domains, threads, device;
     bool has_floor[BENCH_OPS]; /* measured in turn with each operation */
@@ -64,7 +64,7 @@ typedef struct bench {
     size_t row_bytes, side_bytes, floor_row_bytes;
     uint8_t *floor_shared;
     size_t floor_shared_bytes;
-    size_t *floor_area; /* [ranks] */
+    uint8_t **floor_area; /* [ranks] in it */
 } bench_t;
 
 static inline double *bench_times(const bench_t *bench, int series, int iteration)
@@ -72,6 +72,21 @@ static inline double *bench_times(const bench_t *bench, int series, int iteratio
     return bench->result->times +
            ((size_t)series * (size_t)bench->options.iters + (size_t)iteration) * (size_t)bench->options.ranks;
 }
+
+/* A floor's operations: of the backend's memory (mem.h), or of the network's. */
+typedef struct floor_ops {
+    int (*variants)(void *floor, floor_kind_t kind);
+    const char *(*variant_name)(void *floor, floor_kind_t kind, int variant);
+    int (*run)(void *floor, floor_kind_t kind, int variant);
+    void (*close)(void *floor);
+    const char *(*words)(void);
+} floor_ops_t;
+
+/* bench_net.c: the floor between domains on the CPU. `net`: as the group names it, "ofi:tcp;ofi_rxm". Collective; 0, or
+ * non-zero and words. */
+int floor_net_open(const floor_plan_t *plan, const bench_work_t *work, const int32_t *domain_of, const char *net,
+                   void **floor);
+extern const floor_ops_t floor_net_ops;
 
 /* One rank's objects. */
 typedef struct bench_rank {
@@ -94,6 +109,7 @@ typedef struct bench_rank {
     uint8_t *layout_in_rank;
     void *host; /* for copies out */
     size_t host_bytes;
+    floor_ops_t floor_ops;
     void *floor;
 } bench_rank_t;
 

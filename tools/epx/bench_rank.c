@@ -345,8 +345,8 @@ static int time_floor(bench_rank_t *self, floor_kind_t kind, int variant, double
         return rank_fail(self->rank, "%s", self->mem->words());
     if (rank_barrier(self->rank) || self->mem->time_start(self->context))
         return 1;
-    if (self->mem->floor_run(self->floor, kind, variant) || self->mem->time_stop(self->context, us))
-        return rank_fail(self->rank, "the floor: %s", self->mem->words());
+    if (self->floor_ops.run(self->floor, kind, variant) || self->mem->time_stop(self->context, us))
+        return rank_fail(self->rank, "the floor: %s", self->floor_ops.words());
     return 0;
 }
 
@@ -354,7 +354,7 @@ static int time_floor(bench_rank_t *self, floor_kind_t kind, int variant, double
 static int best_variant(bench_rank_t *self, bench_op_t op, floor_kind_t kind, int *best)
 {
     double least = 0;
-    for (int variant = 0; variant < self->mem->floor_variants(self->floor, kind); variant++) {
+    for (int variant = 0; variant < self->floor_ops.variants(self->floor, kind); variant++) {
         double slowest[BLOCK], all[RANKS_MAX];
         for (int pass = -1; pass < BLOCK; pass++) { /* one to warm up */
             double us;
@@ -376,7 +376,7 @@ static int best_variant(bench_rank_t *self, bench_op_t op, floor_kind_t kind, in
     }
     if (!self->rank->rank)
         snprintf(self->bench->result->floor_name[op], sizeof self->bench->result->floor_name[op], "%s",
-                 self->mem->floor_variant_name(self->floor, kind, *best));
+                 self->floor_ops.variant_name(self->floor, kind, *best));
     return 0;
 }
 
@@ -423,12 +423,24 @@ static int run_op(bench_rank_t *self, call_t *call)
     return failed;
 }
 
-/* Between domains the floor is another (a stream of puts); there is none here yet. */
+/* Between domains the floor is a stream of puts besides; on GPUs, and on networks that are not libfabric's, there is
+ * none yet. */
+static int open_net_floor(bench_rank_t *self, const floor_plan_t *plan)
+{
+    const char *net = self->info.net ? self->info.net : "";
+    if (self->info.backend != EPX_BACKEND_CPU || strncmp(net, "ofi:", 4))
+        return 0;
+    self->floor_ops = floor_net_ops;
+    if (floor_net_open(plan, &self->bench->work, self->info.domain_of, net, &self->floor))
+        return rank_fail(self->rank, "the floor: %s", self->floor_ops.words());
+    return 0;
+}
+
 static int open_floor(bench_rank_t *self)
 {
     const bench_t *bench = self->bench;
     const bench_work_t *work = &bench->work;
-    if (bench->options.no_floor || self->info.domains > 1)
+    if (bench->options.no_floor)
         return 0;
     size_t at = self->first * (size_t)work->ranks;
     floor_plan_t plan = {.rank = self->rank->rank,
@@ -442,10 +454,13 @@ static int open_floor(bench_rank_t *self)
                          .hidden = (uint32_t)bench->options.hidden,
                          .format = (pattern_format_t)bench->options.dtype,
                          .x = self->x,
-                         .shared = bench->floor_shared,
                          .area = bench->floor_area,
                          .allgather = rank_allgather,
                          .allgather_context = self->rank};
+    if (self->info.domains > 1)
+        return open_net_floor(self, &plan);
+    self->floor_ops = (floor_ops_t){self->mem->floor_variants, self->mem->floor_variant_name, self->mem->floor_run,
+                                    self->mem->floor_close, self->mem->words};
     if (self->mem->floor_open(self->context, &plan, &self->floor))
         return rank_fail(self->rank, "the floor: %s", self->mem->words());
     return 0;
@@ -487,7 +502,7 @@ int bench_rank_body(rank_t *rank)
                          .first = bench->work.first[rank->rank]};
     int failed = run(&self);
     if (self.floor && !failed)
-        self.mem->floor_close(self.floor);
+        self.floor_ops.close(self.floor);
     epx_buffer_destroy(self.buffer);
     if (self.mem && self.context) {
         void *const parts[] = {self.x,

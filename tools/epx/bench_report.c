@@ -79,8 +79,9 @@ static void print_head(const bench_t *bench)
            options->warmup);
     for (int op = 0; op < BENCH_OPS; op++)
         if (result->has_floor[op])
-            printf("# floor    of %s: the same rows %s, %s\n", bench_op_names[op],
-                   op == BENCH_COMBINE ? "added" : "copied", result->floor_name[op]);
+            printf("# floor    of %s: the same rows %s%s, %s\n", bench_op_names[op],
+                   op == BENCH_COMBINE ? "added" : "copied", result->domains > 1 ? " and a raw stream of them" : "",
+                   result->floor_name[op]);
     printf("#\n# %-15s %10s %10s %10s %10s %9s %9s %10s %6s %7s\n", "op", "rows/rank", "MB/rank", "time us", "p99 us",
            "logical", "wire", "floor us", "eff", "wrong");
     printf("# %-15s %10s %10s %10s %10s %9s %9s\n", "", "", "logical", "", "", "GB/s", "GB/s");

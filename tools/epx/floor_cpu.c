@@ -122,8 +122,8 @@ static void dispatch_part(const floor_t *floor, uint32_t begin, uint32_t end)
             int32_t to = plan->dst_rank[at];
             if (to < 0)
                 break;
-            copy_row(plan->shared + plan->area[to] + (size_t)plan->dst_row[at] * plan->row_bytes,
-                     x + token * plan->row_bytes, plan->row_bytes, floor->variant);
+            copy_row(plan->area[to] + (size_t)plan->dst_row[at] * plan->row_bytes, x + token * plan->row_bytes,
+                     plan->row_bytes, floor->variant);
         }
 }
 
@@ -139,7 +139,7 @@ static void combine_part(const floor_t *floor, uint32_t begin, uint32_t end)
             int32_t from = plan->dst_rank[at];
             if (from < 0)
                 break;
-            rows[count++] = plan->shared + plan->area[from] + (size_t)plan->dst_row[at] * row_bytes;
+            rows[count++] = plan->area[from] + (size_t)plan->dst_row[at] * row_bytes;
         }
         sumrows(floor->out + token * row_bytes, rows, count, plan->hidden, plan->format, floor->variant > 0);
     }

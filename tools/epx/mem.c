@@ -1,5 +1,7 @@
-/* Chooses the table of device memory; opens the CUDA one only when it is asked for. */
+/* Chooses the table of device memory; opens the CUDA one, and the floor's stream of puts, only when asked for. */
 #include "mem.h"
+
+#include "stream.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -43,6 +45,25 @@ const mem_ops_t *mem_ops_for(epx_backend_t backend, const char **why)
     const mem_ops_t *ops = entry ? entry() : NULL;
     if (!ops || ops->abi != MEM_ABI) {
         *why = "libepx_bench_cuda.so is of another build than this command: rebuild both";
+        return NULL;
+    }
+    return ops;
+}
+
+const stream_ops_t *stream_ops_open(const char **why)
+{
+    void *library = open_plugin("libepx_bench_ofi.so");
+    if (!library) {
+        snprintf(words, sizeof words, "the command's libfabric part cannot be opened: %s; --no-floor goes without",
+                 dlerror());
+        *why = words;
+        return NULL;
+    }
+    const stream_ops_t *(*entry)(void) = NULL;
+    *(void **)&entry = dlsym(library, "epx_bench_stream");
+    const stream_ops_t *ops = entry ? entry() : NULL;
+    if (!ops || ops->abi != STREAM_ABI) {
+        *why = "libepx_bench_ofi.so is of another build than this command: rebuild both";
         return NULL;
     }
     return ops;

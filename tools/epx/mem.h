@@ -17,7 +17,7 @@
 
 #include <epx/epx.h>
 
-enum { MEM_ABI = 1 };
+enum { MEM_ABI = 2 };
 
 /*
  * What the floor of dispatch and combine moves on one rank: the very (source row, destination row) list that the
@@ -32,10 +32,8 @@ typedef struct floor_plan {
     size_t row_bytes;                  /* row and side data */
     uint32_t hidden;                   /* elements that combine adds */
     pattern_format_t format;
-    const void *x; /* device, [tokens][row_bytes], what dispatch sends */
-    /* CPU: memory that all ranks share, made before the fork; the received area of rank r begins at area[r]. */
-    uint8_t *shared;
-    const size_t *area;
+    const void *x;        /* device, [tokens][row_bytes], what dispatch sends */
+    uint8_t *const *area; /* CPU: [ranks] the received area of each, shared by all, made before the fork */
     /* Host all-gather over the ranks, e.g. for memory handles: at most 512 bytes each. */
     int (*allgather)(void *context, const void *mine, size_t bytes, void *all);
     void *allgather_context;
