@@ -19,6 +19,8 @@ epx_status_t epx__experts_make(uint32_t experts, uint32_t ranks, const int32_t *
                              "%u experts are no multiple of %u ranks; give a map (expert_rank) or a multiple", experts,
                              ranks);
         *out = (epx__experts_t){.experts = experts, .ranks = ranks, .per_rank = experts / ranks};
+        if (experts > 0 && experts <= 1u << 20)
+            out->inverse = ((1ull << EPX__INVERSE_SHIFT) + out->per_rank - 1) / out->per_rank;
         return EPX_OK;
     }
     if (!local_of)
@@ -78,11 +80,55 @@ static uint32_t mask_ranks(const uint8_t *in_rank, size_t token, uint32_t ranks,
 
 static void count_experts(const epx__routing_in_t *in, int32_t *expert_count)
 {
-    memset(expert_count, 0, in->map.experts * sizeof *expert_count);
     for (size_t i = 0; i < (size_t)in->tokens * in->topk; i++) {
         int64_t id = epx__topk_id(in->topk_idx, in->bits, i);
         if (id >= 0 && id < (int64_t)in->map.experts)
             expert_count[id]++;
+    }
+}
+
+/* Up to 64 ranks a token's destinations are a word of bits: no sorting, no branch on what the ids are. */
+static inline uint64_t token_bits(const epx__experts_t *map, const void *ids, int bits, size_t token, uint32_t topk,
+                                  int32_t *expert_count, uint32_t *bad)
+{
+    uint64_t destinations = 0;
+    for (uint32_t k = 0; k < topk; k++) {
+        int64_t id = epx__topk_id(ids, bits, token * topk + k);
+        if ((uint64_t)id >= map->experts) {
+            *bad += id != -1;
+            continue;
+        }
+        expert_count[id]++;
+        destinations |= 1ull << epx__expert_rank(map, id);
+    }
+    return destinations;
+}
+
+static inline void make_by_bits(const epx__routing_in_t *in, int bits, uint32_t slots, int32_t *rank_count,
+                                int32_t *expert_count, int32_t *dst_rank, int32_t *dst_row, uint32_t *bad)
+{
+    const epx__experts_t map = in->map;
+    for (size_t t = 0; t < in->tokens; t++) {
+        int32_t *to = dst_rank + t * slots, *row = dst_row + t * slots;
+        uint64_t left = token_bits(&map, in->topk_idx, bits, t, in->topk, expert_count, bad);
+        for (uint32_t s = 0; s < slots; s++, left &= left - 1) {
+            to[s] = left ? __builtin_ctzll(left) : -1;
+            row[s] = left ? rank_count[to[s]]++ : -1;
+        }
+    }
+}
+
+static void make_by_sorting(const epx__routing_in_t *in, uint32_t slots, int32_t *rank_count, int32_t *dst_rank,
+                            int32_t *dst_row, uint32_t *bad)
+{
+    for (size_t t = 0; t < in->tokens; t++) {
+        int32_t *to = dst_rank + t * slots, *row = dst_row + t * slots;
+        uint32_t n = in->topk ? (uint32_t)epx__token_ranks(&in->map, in->topk_idx, in->bits, t, in->topk, to, bad)
+                              : mask_ranks(in->in_rank, t, in->map.ranks, to);
+        for (uint32_t s = 0; s < n; s++)
+            row[s] = rank_count[to[s]]++;
+        for (uint32_t s = n; s < slots; s++)
+            to[s] = row[s] = -1;
     }
 }
 
@@ -91,17 +137,18 @@ void epx__routing_make(const epx__routing_in_t *in, uint32_t slots, int32_t *ran
 {
     uint32_t wrong = 0;
     memset(rank_count, 0, in->map.ranks * sizeof *rank_count);
-    for (size_t t = 0; t < in->tokens; t++) {
-        int32_t *to = dst_rank + t * slots, *row = dst_row + t * slots;
-        uint32_t n = in->topk ? (uint32_t)epx__token_ranks(&in->map, in->topk_idx, in->bits, t, in->topk, to, &wrong)
-                              : mask_ranks(in->in_rank, t, in->map.ranks, to);
-        for (uint32_t s = 0; s < n; s++)
-            row[s] = rank_count[to[s]]++;
-        for (uint32_t s = n; s < slots; s++)
-            to[s] = row[s] = -1;
-    }
     if (expert_count)
-        count_experts(in, expert_count);
+        memset(expert_count, 0, in->map.experts * sizeof *expert_count);
+    if (in->topk && expert_count && in->map.ranks <= 64) {
+        if (in->bits == 32)
+            make_by_bits(in, 32, slots, rank_count, expert_count, dst_rank, dst_row, &wrong);
+        else
+            make_by_bits(in, 64, slots, rank_count, expert_count, dst_rank, dst_row, &wrong);
+    } else {
+        make_by_sorting(in, slots, rank_count, dst_rank, dst_row, &wrong);
+        if (expert_count)
+            count_experts(in, expert_count);
+    }
     *bad = wrong;
 }
 

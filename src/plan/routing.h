@@ -16,10 +16,13 @@
 #define EPX__INLINE static inline
 #endif
 
+#define EPX__INVERSE_SHIFT 44
+
 /* Which rank holds an expert, and its number there. With `rank_of` NULL: equal consecutive blocks. */
 typedef struct epx__experts {
     uint32_t experts, ranks;
     uint32_t per_rank;       /* experts / ranks when rank_of is NULL */
+    uint64_t inverse;        /* of per_rank, rounded up, times 2^44: exact below 2^20 experts; 0: divide */
     const int32_t *rank_of;  /* [experts] or NULL */
     const int32_t *local_of; /* [experts] or NULL: number at its rank, by ascending id */
 } epx__experts_t;
@@ -31,7 +34,13 @@ epx_status_t epx__experts_make(uint32_t experts, uint32_t ranks, const int32_t *
 
 EPX__INLINE int32_t epx__expert_rank(const epx__experts_t *m, int64_t expert)
 {
-    return m->rank_of ? m->rank_of[expert] : (int32_t)((uint32_t)expert / m->per_rank);
+    if (m->rank_of)
+        return m->rank_of[expert];
+#if !defined(__CUDA_ARCH__)
+    if (m->inverse)
+        return (int32_t)((uint64_t)expert * m->inverse >> EPX__INVERSE_SHIFT);
+#endif
+    return (int32_t)((uint32_t)expert / m->per_rank);
 }
 EPX__INLINE int32_t epx__expert_local(const epx__experts_t *m, int64_t expert)
 {

@@ -4,6 +4,7 @@
 #include "base/fail.h"
 #include "plan/routing.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 static void maps(void)
@@ -92,6 +93,57 @@ static void masks(void)
     CHECK(bad == 0);
 }
 
+/* The rank of an expert without dividing: at every edge of a block, for every size of block up to the largest map. */
+static void ranks_without_division(void)
+{
+    const uint32_t blocks[] = {1,    2,    3,    5,     7,      11,     64,      127,    255,
+                               1000, 1023, 4097, 65535, 524287, 524288, 1048575, 1048576};
+    for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
+        epx__experts_t m;
+        uint32_t block = blocks[b], ranks = (1u << 20) / block;
+        CHECK(epx__experts_make(block * ranks, ranks, NULL, NULL, &m) == EPX_OK && m.inverse);
+        for (uint32_t r = 0; r < ranks; r++) {
+            uint32_t from = r * block, last = from + block - 1;
+            if (epx__expert_rank(&m, from) != (int32_t)r || epx__expert_rank(&m, last) != (int32_t)r)
+                CHECK(false, "experts %u to %u of blocks of %u", from, last, block);
+        }
+    }
+    epx__experts_t large;
+    CHECK(epx__experts_make(3u << 20, 3, NULL, NULL, &large) == EPX_OK && !large.inverse);
+    CHECK(epx__expert_rank(&large, (1 << 20) - 1) == 0 && epx__expert_rank(&large, 1 << 20) == 1);
+}
+
+/* Up to 64 ranks go by bits, more by sorting, and without expert counts all do: the tables are the same. */
+static void both_ways(int ranks, int bits, bool map)
+{
+    enum { TOKENS = 300, TOPK = 9, EXPERTS = 130 * 2, MOST = 65 };
+    static int64_t wide[TOKENS * TOPK];
+    static int32_t narrow[TOKENS * TOPK], dst_rank[2][TOKENS * TOPK], dst_row[2][TOKENS * TOPK];
+    int32_t rank_of[EXPERTS], local_of[EXPERTS], rank_count[2][MOST], expert_count[EXPERTS], want[EXPERTS] = {0};
+    uint32_t seed = (uint32_t)(ranks * 64 + bits), bad[2], experts = (uint32_t)(EXPERTS / ranks * ranks);
+    for (int i = 0; i < TOKENS * TOPK; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        wide[i] = (int64_t)(seed >> 8) % (EXPERTS + 8) - 3; /* some -1, some wrong */
+        narrow[i] = (int32_t)wide[i];
+        if (wide[i] >= 0 && wide[i] < (int64_t)experts)
+            want[wide[i]]++;
+    }
+    for (int e = 0; e < EXPERTS; e++)
+        rank_of[e] = e * 7 % ranks;
+    epx__routing_in_t in = {.tokens = TOKENS, .topk = TOPK, .bits = bits};
+    in.topk_idx = bits == 64 ? (const void *)wide : narrow;
+    CHECK(epx__experts_make(experts, (uint32_t)ranks, map ? rank_of : NULL, local_of, &in.map) == EPX_OK);
+    uint32_t slots = epx__routing_slots(TOPK, (uint32_t)ranks);
+    epx__routing_make(&in, slots, rank_count[0], expert_count, dst_rank[0], dst_row[0], &bad[0]);
+    epx__routing_make(&in, slots, rank_count[1], NULL, dst_rank[1], dst_row[1], &bad[1]);
+    size_t table = TOKENS * slots * sizeof(int32_t);
+    CHECK(bad[0] == bad[1] && bad[0] > 0 && !memcmp(dst_rank[0], dst_rank[1], table) &&
+              !memcmp(dst_row[0], dst_row[1], table) &&
+              !memcmp(rank_count[0], rank_count[1], (size_t)ranks * sizeof(int32_t)) &&
+              !memcmp(expert_count, want, experts * sizeof(int32_t)),
+          "%d ranks, %d bits, %s", ranks, bits, map ? "a map" : "blocks");
+}
+
 static void sums(void)
 {
     const int32_t matrix[9] = {1, 2, 3, 10, 20, 30, 100, 200, 300};
@@ -113,6 +165,13 @@ int main(void)
     maps();
     by_hand();
     masks();
+    ranks_without_division();
+    const int ranks[] = {1, 2, 8, 63, 64, 65};
+    for (size_t i = 0; i < sizeof ranks / sizeof *ranks; i++)
+        for (int bits = 32; bits <= 64; bits += 32) {
+            both_ways(ranks[i], bits, false);
+            both_ways(ranks[i], bits, true);
+        }
     sums();
     return check_done();
 }

@@ -65,22 +65,40 @@ static void write_side(const epx_rows_t *rows, uint8_t *to, int64_t token)
         memcpy(to + i * elem, from + (int64_t)i * rows->side_elem_stride_bytes, elem);
 }
 
+/* An expert's number at `rank`, -1 when it is not there. Which ids are there is as random as routing is: no branch on
+ * it in the usual case of equal blocks. */
+static inline int64_t local_at(const epx__experts_t *map, int64_t id, int rank)
+{
+    if (!map->rank_of) {
+        uint64_t local = (uint64_t)id - (uint64_t)rank * map->per_rank;
+        return local < map->per_rank ? (int64_t)local : -1;
+    }
+    bool there = id >= 0 && id < (int64_t)map->experts && map->rank_of[id] == rank;
+    return there ? map->local_of[id] : -1;
+}
+
 /* The token's ids as the destination numbers them: its own experts, -1 elsewhere; weights likewise, 0 elsewhere. */
 static void write_topk(const rows_job_t *job, const epx_place_t *place, size_t row, size_t token, int rank)
 {
     const epx_dispatch_t *args = &job->handle->args;
+    const epx__experts_t map = job->handle->map;
     uint32_t topk = job->shape.topk;
+    int64_t local[EPX_TOPK_MAX];
+    for (uint32_t k = 0; k < topk; k++)
+        local[k] = local_at(&map, epx__topk_id(args->topk_idx, args->topk_idx_bits, token * topk + k), rank);
+    if (place->topk_idx && args->topk_idx_bits == 64)
+        memcpy((int64_t *)place->topk_idx + row * topk, local, topk * sizeof *local);
+    else if (place->topk_idx)
+        for (uint32_t k = 0; k < topk; k++)
+            ((int32_t *)place->topk_idx)[row * topk + k] = (int32_t)local[k];
+    if (!place->topk_weights)
+        return;
+    const float *weights = args->topk_weights + token * topk;
     for (uint32_t k = 0; k < topk; k++) {
-        int64_t id = epx__topk_id(args->topk_idx, args->topk_idx_bits, token * topk + k);
-        bool here =
-            id >= 0 && id < (int64_t)job->handle->map.experts && epx__expert_rank(&job->handle->map, id) == rank;
-        int64_t local = here ? epx__expert_local(&job->handle->map, id) : -1;
-        if (place->topk_idx && args->topk_idx_bits == 32)
-            ((int32_t *)place->topk_idx)[row * topk + k] = (int32_t)local;
-        else if (place->topk_idx)
-            ((int64_t *)place->topk_idx)[row * topk + k] = local;
-        if (place->topk_weights)
-            place->topk_weights[row * topk + k] = here ? args->topk_weights[token * topk + k] : 0.0f;
+        uint32_t bits, keep = local[k] < 0 ? 0 : UINT32_MAX;
+        memcpy(&bits, &weights[k], 4);
+        bits &= keep;
+        memcpy(&place->topk_weights[row * topk + k], &bits, 4);
     }
 }
 
