@@ -274,7 +274,7 @@ bool epx__rail_put(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail_t *ra
     uint32_t end = chunk_end(out);
     if (out->moved == out->total || out->packed < end)
         return false;
-    size_t at = (size_t)(epx__rail_row(NULL, out, out->moved) - (uint8_t *)NULL);
+    size_t at = (size_t)(epx__rail_row(half->ht->window, out, out->moved) - half->ht->window);
     size_t bytes = (end - out->moved) * out->stride;
     epx_status_t status = epx_port_put_signal(rail->data, 0, epx__rails_receive(rails->rails, rails->home) + at,
                                               epx__rails_send(rails->rails, rail->domain) + at, bytes);
