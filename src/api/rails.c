@@ -109,6 +109,7 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
     epx_channel_memory_t memory = {rails->window.base, rails->layout.total, 0};
     for (int d = 0; d < group->topology.domains; d++)
         own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
+    uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
     epx__channels_config_t config = {
         .rank = group->rank,
         .ranks = group->ranks,
@@ -120,7 +121,7 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
         .proxies = 1,
         .memories = &memory,
         .memory_count = 1,
-        .timeout_ms = buffer->x.config.timeout_ms,
+        .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
         .allgather = gather,
         .allgather_context = group,
         .changed = on_change,
