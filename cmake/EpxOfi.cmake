@@ -48,6 +48,7 @@ else()
       add_library(epx_bench_ofi MODULE ${EPX_BENCH_OFI_SOURCES})
       set_target_properties(epx_bench_ofi PROPERTIES PREFIX "" OUTPUT_NAME libepx_bench_ofi
         LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/lib)
+      target_include_directories(epx_bench_ofi PRIVATE tools/epx)
       target_compile_definitions(epx_bench_ofi PRIVATE _GNU_SOURCE)
       target_compile_options(epx_bench_ofi PRIVATE ${EPX_WARNINGS})
       target_link_libraries(epx_bench_ofi PRIVATE ${EPX_OFI_LIBRARY})

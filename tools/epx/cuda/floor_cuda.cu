@@ -44,6 +44,8 @@ typedef struct floor {
     void *tables;
     uint32_t combine_bytes;
     bool opened[RANKS_MAX];
+    uint64_t *words[RANKS_MAX]; /* [RANKS_MAX] of each rank, behind its area: how often each other has come to meet */
+    uint64_t meetings;
 } floor_t;
 
 typedef struct stage {
@@ -151,10 +153,40 @@ static __global__ void __launch_bounds__(512, 1) floor_combine(const __grid_cons
     }
 }
 
+/* ---- starting together ---- */
+
+typedef struct meeting {
+    uint64_t *words[RANKS_MAX];
+    int ranks, me;
+    uint64_t number;
+} meeting_t;
+
+static __global__ void floor_meeting(const __grid_constant__ meeting_t p)
+{
+    int r = (int)threadIdx.x;
+    if (r >= p.ranks)
+        return;
+    st_release_sys_u64(p.words[r] + p.me, p.number);
+    uint64_t start = globaltimer_ns();
+    while (ld_acquire_sys_u64(p.words[p.me] + r) < p.number && globaltimer_ns() - start < 1000000000u)
+        ;
+}
+
+void floor_cuda_meet(void *floor)
+{
+    floor_t *f = (floor_t *)floor;
+    meeting_t m;
+    memcpy(m.words, f->words, sizeof m.words);
+    m.ranks = f->ranks;
+    m.me = f->me;
+    m.number = ++f->meetings;
+    floor_meeting<<<1, RANKS_MAX, 0, f->stream>>>(m);
+}
+
 /* ---- memory of all ranks ---- */
 
 typedef struct card {
-    uint64_t process, pointer;
+    uint64_t process, pointer, words_at;
     int32_t device;
     cudaIpcMemHandle_t handle;
 } card_t;
@@ -177,6 +209,7 @@ static const char *open_areas(floor_t *f, const floor_plan_t *plan, const card_t
             error = cudaIpcOpenMemHandle((void **)&f->work.area[r], all[r].handle, cudaIpcMemLazyEnablePeerAccess);
             f->opened[r] = error == cudaSuccess;
         }
+        f->words[r] = (uint64_t *)(f->work.area[r] + all[r].words_at);
         (void)cudaGetLastError();
         if (error != cudaSuccess) {
             snprintf(words, sizeof words, "memory of rank %d: %s", r, cudaGetErrorString(error));
@@ -222,9 +255,12 @@ const char *floor_cuda_open(int device, void *stream, const floor_plan_t *plan, 
     f->combine_bytes = plan->hidden * (plan->format == PATTERN_FP32 ? 4u : 2u);
     size_t row = f->combine_bytes > plan->row_bytes ? f->combine_bytes : plan->row_bytes;
     cudaSetDevice(device);
-    if (cudaMalloc((void **)&area, (plan->recv_rows[plan->rank] + 1) * row) != cudaSuccess ||
+    size_t area_bytes = (plan->recv_rows[plan->rank] + 1) * row;
+    mine.words_at = (area_bytes + 255) / 256 * 256;
+    if (cudaMalloc((void **)&area, mine.words_at + RANKS_MAX * 8) != cudaSuccess ||
         cudaMalloc((void **)&f->work.out, (plan->tokens + 1) * row) != cudaSuccess ||
-        cudaMemsetAsync(area, 0x3c, (plan->recv_rows[plan->rank] + 1) * row, f->stream) != cudaSuccess)
+        cudaMemsetAsync(area, 0x3c, area_bytes, f->stream) != cudaSuccess ||
+        cudaMemsetAsync(area + mine.words_at, 0, RANKS_MAX * 8, f->stream) != cudaSuccess)
         return "no GPU memory for the floor's rows";
     mine.process = (uint64_t)getpid();
     mine.pointer = (uint64_t)(uintptr_t)area;

@@ -30,6 +30,7 @@ typedef struct gpu {
     cudaStream_t stream;
     cudaEvent_t start, stop;
     void *chill;
+    void *floor; /* where there is one, the ranks' GPUs can start together */
 } gpu_t;
 
 static __global__ void spin(uint64_t ns)
@@ -117,6 +118,8 @@ static int gpu_time_start(void *context)
 {
     gpu_t *gpu = (gpu_t *)context;
     spin<<<1, 1, 0, gpu->stream>>>(HEAD_START_NS);
+    if (gpu->floor)
+        floor_cuda_meet(gpu->floor);
     return failed(cudaGetLastError(), "spinning") || failed(cudaEventRecord(gpu->start, gpu->stream), "timing");
 }
 
@@ -144,6 +147,8 @@ static int gpu_floor_open(void *context, const floor_plan_t *plan, void **floor)
     const char *error = floor_cuda_open(gpu->device, gpu->stream, plan, floor);
     if (error)
         snprintf(words, sizeof words, "%s", error);
+    else
+        gpu->floor = *floor;
     return error != NULL;
 }
 
@@ -174,6 +179,6 @@ extern "C" __attribute__((visibility("default"))) const mem_ops_t *epx_bench_mem
     ops.floor_variants = floor_cuda_variants;
     ops.floor_variant_name = floor_cuda_variant_name;
     ops.floor_run = gpu_floor_run;
-    ops.floor_close = floor_cuda_close;
+    ops.floor_close = floor_cuda_close; /* the last thing a rank does with its context but free and close */
     return &ops;
 }

@@ -3,7 +3,7 @@
  * all peers in turn, while what comes is counted by its completions. Nothing is packed, no credit is waited for: what
  * the provider can do at best from one thread. See stream.h.
  */
-#include "../stream.h"
+#include "stream.h"
 
 #include <sched.h>
 #include <stdarg.h>
