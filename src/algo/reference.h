@@ -12,9 +12,9 @@
 /* One rank's dispatch arguments, host memory. */
 typedef struct epx__ref_rank {
     uint32_t tokens;
-    const void *x;          /* [tokens][row_bytes] */
-    const void *side;       /* [tokens][side_bytes] packed, or NULL */
-    const void *topk_idx;   /* [tokens][topk], or NULL with in_rank */
+    const void *x;        /* [tokens][row_bytes] */
+    const void *side;     /* [tokens][side_bytes] packed, or NULL */
+    const void *topk_idx; /* [tokens][topk], or NULL with in_rank */
     const float *topk_weights;
     const uint8_t *in_rank; /* [tokens][ranks], when topk is 0 */
 } epx__ref_rank_t;
