@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(BEGIN_THREADS) ht_begin_kernel(const __grid_co
         return;
     for (uint32_t e = threadIdx.x; p.topk != 0 && e < p.map.experts; e += blockDim.x)
         p.expert_count[e] = 0;
-    ht_leave(p.c, &b);
+    ht_leave(p.c, &b, b.stop == 0);
 }
 
 extern "C" int epx__ht_launch_begin(const ht_begin_t *p, uint32_t blocks, void *stream)
@@ -336,9 +336,10 @@ __global__ void __launch_bounds__(256) ht_barrier_kernel(const __grid_constant__
     }
     for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x)
         ok = r == c.rank || ht_message(c, b.n, r) != NULL;
-    if (__syncthreads_and(ok))
+    bool good = __syncthreads_and(ok) != 0;
+    if (good)
         ht_tell_end(c, b.n);
-    ht_leave(c, &b);
+    ht_leave(c, &b, good && !ht_stopped(c, b.n, false));
 }
 
 /* What rank `from` writes into its slot `n & 1` at rank `to`. */
@@ -379,11 +380,12 @@ __global__ void __launch_bounds__(256) ht_check_kernel(const __grid_constant__ h
             ((volatile uint32_t *)p.works)[r] += 1;
         ok = r == c.rank || m != NULL;
     }
-    if (__syncthreads_and(ok)) {
+    bool good = __syncthreads_and(ok) != 0;
+    if (good) {
         ht_tell_end(c, b.n);
-        ht_wait_ends(c, &b); /* the words are looked at before the next half writes them */
+        good = ht_wait_ends(c, &b); /* the words are looked at before the next half writes them */
     }
-    ht_leave(c, &b);
+    ht_leave(c, &b, good);
 }
 
 __global__ void __launch_bounds__(256) ht_layout_kernel(const __grid_constant__ ht_layout_t p)

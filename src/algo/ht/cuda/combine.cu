@@ -409,12 +409,13 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
         return;
     ht_adder_t x = {sources, b, threadIdx.x / 32 * blocks + blockIdx.x - p.push_blocks, blocks * p.cut.warps,
                     any_credit(p, sources)};
-    if (threadIdx.x / 32 >= p.cut.warps) {
+    uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
+    if (warp == announcer && x.credit) {
         ht_added_t added = {&p, sources};
-        if (x.credit)
-            announce<ht_added_t, account_added>(added, b, p.cut.warps);
-        return;
+        announce<ht_added_t, account_added>(added, b, p.cut.warps);
     }
+    if (warp >= p.cut.warps)
+        return;
     if (EPX__BULK && p.slots_bulk) {
         ht_stages_t s = stages_init(p.cut, shared);
         add_tokens<dtype>(p, x, s);
@@ -426,13 +427,15 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 
 EPX__DEVICE void push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
-    if (threadIdx.x / 32 < p.cut.warps) {
-        ht_stages_t s = stages_init(p.cut, shared);
-        flows_run<ht_combine_t, push_flow>(p, s, b, threadIdx.x / 32 * p.push_blocks + blockIdx.x,
-                                           p.push_blocks * p.cut.warps, (uint32_t *)(shared + p.cut.table_offset));
+    const ht_cut_t &cut = p.push_cut;
+    uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
+    if (warp < cut.warps) {
+        ht_stages_t s = stages_init(cut, shared);
+        flows_run<ht_combine_t, push_flow>(p, cut, s, b, warp * p.push_blocks + blockIdx.x, p.push_blocks * cut.warps,
+                                           (uint32_t *)(shared + cut.table_offset));
         tell_ended(b);
-    } else {
-        flows_announce<ht_combine_t, push_flow>(p, b, blockIdx.x, p.push_blocks);
+    } else if (warp == announcer) {
+        flows_announce<ht_combine_t, push_flow>(p, cut, b, blockIdx.x, p.push_blocks);
     }
 }
 
@@ -456,11 +459,12 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_combine_kernel(c
     fence_proxy_async();
     if (!ht_last_block(p.c, &b))
         return;
-    if (!ht_stopped(p.c, b.n, false)) {
+    bool good = b.stop == 0;
+    if (good) {
         ht_tell_end(p.c, b.n);
-        ht_wait_ends(p.c, &b); /* the owners of my rows have read them: x may be overwritten */
+        good = ht_wait_ends(p.c, &b); /* the owners of my rows have read them: x may be overwritten */
     }
-    ht_leave(p.c, &b);
+    ht_leave(p.c, &b, good);
 }
 
 static const void *combine_kernel(int dtype)
@@ -474,8 +478,8 @@ extern "C" int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, vo
 {
     ht_combine_t params = *p;
     void *arguments[] = {&params};
-    return (int)cudaLaunchKernel(combine_kernel(p->dtype), dim3(blocks), dim3(p->cut.warps * 32 + 32), arguments,
-                                 p->cut.total_bytes, (cudaStream_t)stream);
+    return (int)cudaLaunchKernel(combine_kernel(p->dtype), dim3(blocks), dim3(p->threads), arguments, p->shared_bytes,
+                                 (cudaStream_t)stream);
 }
 
 extern "C" int epx__ht_load_combine(uint32_t shared_bytes)

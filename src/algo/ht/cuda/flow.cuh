@@ -315,8 +315,8 @@ EPX__DEVICE bool flows_stuck(const ht_common_t &c, uint64_t n, const ht_flow_t &
  * false: stop. `cursors`: shared memory, [ranks].
  */
 template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *)>
-__device__ bool flows_run(const params_t &p, ht_stages_t &s, ht_block_t *b, uint32_t w, uint32_t warps,
-                          uint32_t *cursors)
+__device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s, ht_block_t *b, uint32_t w,
+                          uint32_t warps, uint32_t *cursors)
 {
     const ht_common_t &c = p.c;
     uint32_t peers = (uint32_t)c.ranks - 1, alone = 0;
@@ -341,7 +341,7 @@ __device__ bool flows_run(const params_t &p, ht_stages_t &s, ht_block_t *b, uint
             uint32_t cursor = r.share.several ? cursors[i] : alone;
             if (cursor >= f.rows)
                 continue;
-            moved = flow_drain(f, p.cut, s, r, &cursor) || moved;
+            moved = flow_drain(f, cut, s, r, &cursor) || moved;
             left = left || cursor < f.rows;
             waiting = cursor < f.rows ? peer : waiting;
             alone = cursor;
@@ -372,17 +372,17 @@ EPX__DEVICE void account_row(const ht_followed_t &x, uint64_t n, uint32_t warp, 
 
 /* Announcing warp beside flows_run; `first` and `blocks`: of the blocks that run flows. */
 template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *)>
-__device__ void flows_announce(const params_t &p, ht_block_t *b, uint32_t block, uint32_t blocks)
+__device__ void flows_announce(const params_t &p, const ht_cut_t &cut, ht_block_t *b, uint32_t block, uint32_t blocks)
 {
-    uint32_t peers = (uint32_t)p.c.ranks - 1, lane = threadIdx.x % 32, warps = blocks * p.cut.warps;
+    uint32_t peers = (uint32_t)p.c.ranks - 1, lane = threadIdx.x % 32, warps = blocks * cut.warps;
     if (peers == 0 || warps < peers)
         return;
     ht_followed_t x;
     bool ok = true;
-    x.share = share_of((lane < p.cut.warps ? lane : 0) * blocks + block, warps, peers);
+    x.share = share_of((lane < cut.warps ? lane : 0) * blocks + block, warps, peers);
     ok = make(p, b->n, peer_at(p.c, x.share.first), &x.f);
     if (__all_sync(0xffffffffu, ok) && __any_sync(0xffffffffu, x.f.publish != NULL))
-        announce<ht_followed_t, account_row>(x, b, p.cut.warps);
+        announce<ht_followed_t, account_row>(x, b, cut.warps);
 }
 
 #endif

@@ -14,6 +14,7 @@
 #include "plan/format.h"
 
 #define BEGIN_BLOCKS_MAX 16u
+#define SPIN_NS 2000000u /* the host polls that long for the counts before it sleeps in between */
 
 /* ---- common to all ---- */
 
@@ -188,7 +189,7 @@ epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle
     epx__deadline_t deadline = epx__deadline_ms(4 * timeout_ms + 1000);
     const uint64_t *ticket = h->records[handle->index].ticket, wanted = h->tickets[handle->index];
     for (uint32_t polls = 1; __atomic_load_n(ticket, __ATOMIC_ACQUIRE) != wanted; polls++) {
-        if (polls % 256 != 0)
+        if (polls % 1024 != 0)
             continue;
         epx__ht_cuda_poll_fault(exchange);
         if (atomic_load(&exchange->fault.ready))
@@ -198,7 +199,7 @@ epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle
                                        "the counts of dispatch_begin did not come in %.1f s: the stream is busy or was "
                                        "only captured (give recv_tokens_max in a graph)",
                                        (double)epx__deadline_waited_ns(&deadline) * 1e-9);
-        if (polls > 100000)
+        if (epx__deadline_waited_ns(&deadline) > SPIN_NS)
             epx__sleep_ns(20000);
     }
     epx__ht_cuda_poll_fault(exchange); /* ids that were none have been counted */
@@ -331,29 +332,29 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
 /* ---- combine ---- */
 
 /*
- * Each warp has three stages with a buffer for every row of a token, so that two items are on their way while one is
- * added. 16 warps if that leaves pieces of 1.5 KB, else fewer: smaller pieces cost more than warps gain.
+ * Each warp has two stages with a buffer for every row of a token. The copy engine takes about 80 ns for a load,
+ * however small, so pieces should be large: of 3 KB and more with 12 warps or more, else 8 or 4 warps.
  */
 static epx_status_t cut_combine(const ht_cuda_t *h, size_t row_bytes, uint32_t slots, size_t table_bytes, ht_cut_t *cut,
                                 uint32_t *slots_bulk)
 {
-    const uint32_t chunk_most = 4096, chunk_good = 1536, stages = 3;
+    const uint32_t chunk_most = 8192, chunk_good = 3072, stages = 2;
     if (table_bytes + 65536 > (size_t)h->shared_max)
         return too_many_ranks(h);
     size_t left = (size_t)h->shared_max - table_bytes - HT_WARPS_MAX * stages * 8u - 16u;
     *slots_bulk = h->device->major >= 9 && slots <= HT_SLOTS_BULK ? slots : 0;
     uint32_t buffers = stages * (*slots_bulk ? *slots_bulk : 1), warps = HT_WARPS_MAX;
     while (warps > 4 && left / ((size_t)warps * buffers) < chunk_good)
-        warps /= 2;
+        warps -= 4;
     uint32_t chunk = (uint32_t)(left / ((size_t)warps * buffers)) / 128 * 128;
     chunk = chunk < chunk_most ? chunk : chunk_most;
     uint32_t chunks = (uint32_t)((row_bytes + chunk - 1) / chunk);
     chunk = align_up((row_bytes + chunks - 1) / chunks, 16);
-    *cut = (ht_cut_t){.warps = warps,
-                      .stages = stages,
+    *cut = (ht_cut_t){.stages = stages,
                       .stage_bytes = align_up((uint64_t)chunk * (buffers / stages), 128),
                       .chunk_bytes = chunk,
                       .chunks = (uint32_t)((row_bytes + chunk - 1) / chunk)};
+    cut->warps = HT_WARPS_MAX;
     while (cut->warps > 0 && !lay_out(h, table_bytes, cut))
         cut->warps--;
     return cut->warps ? EPX_OK : too_many_ranks(h);
@@ -395,6 +396,10 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
     EPX__TRY(cut_ring(h, &ring, &p.ring_bytes, &p.ring_rows, &p.batch));
     p.ring_weights = epx__place_layout_make(&ring, p.ring_rows).topk_weights;
     EPX__TRY(cut_combine(h, ring.row_bytes, p.h.slots, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.cut, &p.slots_bulk));
+    /* Pushing warps have a stage for a whole row, in the same shared memory. */
+    EPX__TRY(cut_rows(h, ring.row_bytes, 0, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.push_cut));
+    p.threads = 32 * (p.cut.warps > p.push_cut.warps ? p.cut.warps : p.push_cut.warps) + 32;
+    p.shared_bytes = p.cut.total_bytes > p.push_cut.total_bytes ? p.cut.total_bytes : p.push_cut.total_bytes;
     uint32_t blocks = blocks_of(h, c->sms, 2 * sms / 11);
     bool push_x = p.x_offset == 0, push_weights = topk && p.weights_offset == 0;
     if (peers && (push_x || push_weights)) {

@@ -144,7 +144,8 @@ typedef struct ht_rows {
 typedef struct ht_combine {
     ht_common_t c;
     ht_record_t h;
-    ht_cut_t cut;
+    ht_cut_t cut, push_cut;                   /* of adding blocks, and of pushing ones */
+    uint32_t threads, shared_bytes;           /* enough for both */
     uint32_t tokens, topk, batch, slots_bulk; /* slots_bulk 0: the plain way */
     uint32_t push_blocks;                     /* the first ones; the others add */
     int dtype;

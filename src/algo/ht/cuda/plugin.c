@@ -5,9 +5,11 @@
 #include <stdio.h>
 
 #include "algo/exchange.h"
+#include "algo/ll/ll.h"
 #include "device/cuda/cuda_device.h"
 
 extern const epx__exchange_ops_t epx__exchange_cuda;
+extern const epx__ll_ops_t epx__ll_cuda;
 
 static char name[64];
 
@@ -26,7 +28,7 @@ static const epx__plugin_t table = {
     .name = name,
     .device = &epx__device_cuda,
     .exchange_ops = &epx__exchange_cuda,
-    .ll_ops = NULL,
+    .ll_ops = &epx__ll_cuda,
     .usable = usable,
 };
 

@@ -545,11 +545,11 @@ EPX__DEVICE void copy_block(const ht_rows_t &p, ht_block_t *b, char *shared)
     uint32_t blocks = gridDim.x - p.send_blocks, block = blockIdx.x - p.send_blocks;
     if (threadIdx.x / 32 < p.cut.warps) {
         ht_stages_t s = stages_init(p.cut, shared);
-        flows_run<ht_rows_t, copy_flow>(p, s, b, threadIdx.x / 32 * blocks + block, blocks * p.cut.warps,
+        flows_run<ht_rows_t, copy_flow>(p, p.cut, s, b, threadIdx.x / 32 * blocks + block, blocks * p.cut.warps,
                                         (uint32_t *)(shared + p.cut.table_offset));
         tell_ended(b);
     } else {
-        flows_announce<ht_rows_t, copy_flow>(p, b, block, blocks);
+        flows_announce<ht_rows_t, copy_flow>(p, p.cut, b, block, blocks);
     }
 }
 
@@ -576,12 +576,14 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(cons
     fence_proxy_async();
     if (!ht_last_block(p.c, &b))
         return;
-    if (!ht_stopped(p.c, b.n, false)) {
+    bool good = b.stop == 0;
+    if (good) {
         ht_tell_end(p.c, b.n);
-        if (ht_wait_ends(p.c, &b) && p.first)
+        good = ht_wait_ends(p.c, &b);
+        if (good && p.first)
             copy_sources(p, !p.own, threadIdx.x, blockDim.x);
     }
-    ht_leave(p.c, &b);
+    ht_leave(p.c, &b, good);
 }
 
 extern "C" int epx__ht_launch_rows(const ht_rows_t *p, uint32_t blocks, void *stream)

@@ -250,21 +250,30 @@ EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
         b->progress[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         b->ended = 0;
-        b->n = ld_relaxed_sys_u64(&c.state->sequence) + 1;
-        b->stop = ht_stopped(c, b->n, false);
+        uint64_t alarm = ld_relaxed_sys_u64(alarm_of(c, c.window)), sequence = ld_relaxed_sys_u64(&c.state->sequence);
+        b->n = sequence + 1;
+        b->stop = alarm != 0 && ht_stopped(c, b->n, false);
     }
     __syncthreads();
     return b->stop == 0;
 }
 
-/* True in the last block of the grid, for all its threads: what the other blocks did is seen. */
+/*
+ * True in the last block of the grid, for all its threads: what the other blocks did is seen. Whoever failed, or heard
+ * of a failure, has raised the own window's alarm and says so in the upper half of the count: b->stop.
+ */
 EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
 {
     __syncthreads();
     if (threadIdx.x == 0) {
+        uint32_t stopped = ld_relaxed_sys_u64(alarm_of(c, c.window)) != 0;
         fence_acq_rel_sys();
-        b->last = add_relaxed_gpu_u32(&c.state->blocks_done, 1) == gridDim.x - 1;
+        uint32_t before = add_relaxed_gpu_u32(&c.state->blocks_done, 1u | stopped << 16);
+        b->last = (before & 0xffffu) == gridDim.x - 1;
+        b->stop = stopped || before >> 16;
         fence_acq_rel_gpu();
+        if (b->last && b->stop)
+            ht_stopped(c, b->n, false); /* leaves the host its record */
     }
     __syncthreads();
     return b->last != 0;
@@ -279,24 +288,36 @@ EPX__DEVICE void ht_tell_end(const ht_common_t &c, uint64_t n)
     }
 }
 
-/* Last block: wait until all peers have done theirs. */
+/* Last block: wait until all peers have done theirs. The alarm is looked at together with the last look at each word.
+ */
 EPX__DEVICE bool ht_wait_ends(const ht_common_t &c, ht_block_t *b)
 {
     bool ok = true;
-    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x)
-        ok = r == c.rank || ht_wait(c, b->n, &words_at(c, c.window, r)->consumed, b->n, r, HT_STAGE_END);
+    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
+        const uint64_t *word = &words_at(c, c.window, r)->consumed, *alarm = alarm_of(c, c.window);
+        uint64_t seen = b->n, raised = 0;
+        for (int polls = 0; polls < 64 && r != c.rank; polls++) {
+            seen = ld_acquire_sys_u64(word);
+            raised = ld_relaxed_sys_u64(alarm);
+            if (seen >= b->n || raised)
+                break;
+        }
+        if (seen < b->n || raised)
+            ok = !ht_stopped(c, b->n, false) && ht_wait(c, b->n, word, b->n, r, HT_STAGE_END) &&
+                 !ht_stopped(c, b->n, false);
+    }
     return __syncthreads_and(ok) != 0;
 }
 
 /* Last block, after everything else: the half is over. */
-EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b)
+EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b, bool good)
 {
     __syncthreads();
     if (threadIdx.x != 0)
         return;
     c.state->blocks_done = 0;
     c.state->barrier = 0;
-    if (!ht_stopped(c, b->n, false))
+    if (good)
         c.state->sequence = b->n;
 }
 
