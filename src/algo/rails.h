@@ -47,6 +47,7 @@ typedef struct epx__rails {
     epx__window_t window;
     uint8_t **member; /* [per_domain] rails windows of my domain as mapped here */
     epx__channels_t *channels;
+    bool help; /* fewer cores than ranks and proxies: who waits steps the proxies itself */
     void *api; /* src/api's */
 } epx__rails_t;
 

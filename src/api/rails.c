@@ -3,6 +3,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "algo/rails.h"
 #include "base/alloc.h"
@@ -152,6 +153,7 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
         rails->index = group->topology.index_of[group->rank];
         rails->tokens_max = buffer->x.config.tokens_max;
         rails->experts_max = buffer->x.config.experts_max;
+        rails->help = sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
         status = open_window(buffer, rails, own);
     }
     EPX__TRY(epx__group_agree(group, status, "making the rails between domains"));

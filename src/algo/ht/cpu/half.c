@@ -267,6 +267,7 @@ static epx_status_t run(epx__half_t *half)
                        : EPX_OK;
         if (half->last == EPX__STEP_MOVED) {
             epx__waiter_progress(&half->waiter);
+            epx__ht_rails_help(half);
             half->deadline.start_ns = 0;
             half->stuck_polls = 0;
             continue;
@@ -275,7 +276,14 @@ static epx_status_t run(epx__half_t *half)
         EPX__TRY(check_stuck(half));
         if (half->looked)
             continue;
+        if (epx__ht_rails_help(half))
+            continue;
+        bool deep = half->waiter.polls > half->waiter.spins; /* it will sleep, not only look again */
+        if (deep)
+            epx__ht_rails_sleep(half, true);
         epx__waiter_pause(&half->waiter, look, half);
+        if (deep)
+            epx__ht_rails_sleep(half, false);
     }
 }
 
@@ -289,5 +297,7 @@ epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms)
         ht->peers[i].posted = ht->peers[i].heard = false;
     ht->self->posted = ht->self->heard = true;
     epx__ht_rails_start(half);
-    return run(half);
+    epx_status_t status = run(half);
+    epx__ht_rails_end(half);
+    return status;
 }

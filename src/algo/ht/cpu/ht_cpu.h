@@ -93,7 +93,7 @@ struct epx__half {
     /* Several domains: the tail of the message to the rail of `domain` (its bytes in all); the rails are heard. */
     size_t (*rail_fill)(epx__half_t *half, int domain, struct epx__rail_message *message);
     void (*rail_heard)(epx__half_t *half);
-    bool rails_done;
+    bool rails_done, helping;
     void (*blame)(epx__half_t *half, epx__blame_t *blame);
     void *job;
 };

@@ -106,6 +106,31 @@ void epx__ht_rails_start(epx__half_t *half)
     half->rails_done = !rails;
     for (int d = 0; rails && d < rails->domains; d++)
         rails->rail[d].posted = rails->rail[d].heard = d == rails->home;
+    epx__ht_rails_sleep(half, false);
+}
+
+void epx__ht_rails_end(epx__half_t *half)
+{
+    epx__ht_rails_sleep(half, true);
+}
+
+void epx__ht_rails_sleep(epx__half_t *half, bool sleep)
+{
+    epx__ht_rails_t *rails = half->ht->rails;
+    if (!rails || !rails->rails->help || half->helping == !sleep)
+        return;
+    half->helping = !sleep;
+    if (sleep)
+        epx__channels_help_end(rails->rails->channels);
+    else
+        epx__channels_help_begin(rails->rails->channels);
+}
+
+bool epx__ht_rails_help(epx__half_t *half)
+{
+    if (!half->helping)
+        return false;
+    return epx__channels_help(half->ht->rails->rails->channels);
 }
 
 static epx_status_t push_failed(epx__half_t *half, const epx__ht_rail_t *rail, epx_status_t status)

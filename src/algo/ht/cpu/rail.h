@@ -81,6 +81,11 @@ void epx__ht_rails_close(epx__ht_cpu_t *ht);
 /* The half's message to and from every rail; DONE when all are heard. */
 epx__step_t epx__ht_rails_mail(epx__half_t *half);
 void epx__ht_rails_start(epx__half_t *half);
+void epx__ht_rails_end(epx__half_t *half);
+/* With too few cores for proxies of their own: step them; true when anything moved. */
+bool epx__ht_rails_help(epx__half_t *half);
+/* Around a wait that may sleep: the proxies' own threads take over. */
+void epx__ht_rails_sleep(epx__half_t *half, bool sleep);
 void epx__ht_rails_blame(epx__half_t *half, epx__blame_t *blame); /* only if some message is missing */
 /* Why the rail `rank` can be waited for no more (it has left, or cannot be reached); EPX_OK: it may still come. */
 epx_status_t epx__ht_rails_gone(const epx__half_t *half, int rank);

@@ -17,8 +17,9 @@
 #include "base/mutate.h"
 #include "plan/format.h"
 
-#define BLOCK 2048u           /* elements added at a time: two blocks of fp32 stay in the nearest cache */
-#define STEP_BYTES (2u << 20) /* summed or staged by one step of one stream, about */
+#define BLOCK 2048u             /* elements added at a time: two blocks of fp32 stay in the nearest cache */
+#define STREAM_BYTES (2u << 20) /* below this in all, rows stay in the cache */
+#define STEP_BYTES (2u << 20)   /* summed or staged by one step of one stream, about */
 
 /* Rows of member e for one domain's tokens of mine (or of my rail there). */
 typedef struct source {
@@ -49,7 +50,7 @@ typedef struct combine_job {
     const epx_combine_t *args;
     size_t x_offset, weights_offset, row_bytes;
     uint32_t topk;
-    bool weights;
+    bool weights, streaming;
     size_t record; /* of a sum on the network: row, then weights */
     epx__row_shape_t staged;
     uint64_t stage_rows; /* of one of my rings */
@@ -295,6 +296,32 @@ static void add_block(const combine_job_t *job, uint32_t token, const token_sum_
     epx__round_row((uint8_t *)args->out + (size_t)token * job->row_bytes + skip, acc, n, args->dtype, false);
 }
 
+/*
+ * All rows of a token one after the other, when that is the same sum: a domain's sum from +0 changes nothing when it is
+ * the first, or of one row. One pass over the rows, by the fastest code there is.
+ */
+static bool add_plain(const combine_job_t *job, uint32_t token, const token_sum_t *own, const uint8_t *const *sums)
+{
+    const epx_combine_t *args = job->args;
+    const void *rows[job->rails->members + job->rails->domains], *bias[2];
+    int n = 0, biases = 0;
+    for (int d = 0; d < job->rails->domains; d++) {
+        if (d == job->rails->home) {
+            if (n > 0 && own->count > 1)
+                return false;
+            for (int i = 0; i < own->count; i++)
+                rows[n++] = own->rows[i];
+        } else if (sums[d])
+            rows[n++] = sums[d];
+    }
+    for (int b = 0; b < 2; b++)
+        if (args->bias[b])
+            bias[biases++] = (const uint8_t *)args->bias[b] + (size_t)token * job->row_bytes;
+    epx__sum_rows((uint8_t *)args->out + (size_t)token * job->row_bytes, rows, n, bias, biases, args->hidden,
+                  args->dtype, job->streaming);
+    return true;
+}
+
 static void add_token_weights(const combine_job_t *job, uint32_t token, const token_sum_t *own,
                               const uint8_t *const *sums)
 {
@@ -316,7 +343,8 @@ static void add_token(combine_job_t *job, uint32_t token, const token_sum_t *own
     const uint8_t *sums[job->rails->domains];
     size_t hidden = job->args->hidden;
     take_sums(job, token, sums);
-    for (size_t from = 0; from < hidden; from += BLOCK)
+    bool whole = add_plain(job, token, own, sums);
+    for (size_t from = 0; !whole && from < hidden; from += BLOCK)
         add_block(job, token, own, sums, from, hidden - from < BLOCK ? hidden - from : BLOCK);
     if (job->weights)
         add_token_weights(job, token, own, sums);
@@ -352,8 +380,10 @@ static bool owner_step(epx__half_t *half, combine_job_t *job)
             break;
         add_token(job, job->token++, &own);
     }
-    if (n)
+    if (n) {
+        epx__copy_fence();
         tell_read(job, rails->home, before);
+    }
     for (int d = 0; d < rails->domains; d++)
         if (d != rails->home && rails->rail[d].in.freed < job->came[d])
             moved |= epx__rail_free(half, &rails->rail[d], job->came[d]);
@@ -572,6 +602,9 @@ epx_status_t epx__ht_rail_combine(epx__exchange_t *exchange, epx__exchange_handl
                          .row_bytes = combine->hidden * epx__dtype_bytes(combine->dtype),
                          .topk = handle->args.topk,
                          .weights = combine->topk_weights != NULL,
+                         .streaming = exchange->streaming && (uint64_t)handle->args.tokens * combine->hidden *
+                                                                     epx__dtype_bytes(combine->dtype) >
+                                                                 STREAM_BYTES,
                          .members = members,
                          .sources = sources,
                          .stages = stages,
