@@ -128,6 +128,15 @@ static epx_status_t copy_map(epx_buffer_t *buffer)
                              &map);
 }
 
+/* Leases of different buffers have different numbers, so that one of another buffer is not taken for one's own. */
+static void number_leases(epx_buffer_t *buffer)
+{
+    static atomic_uint buffers;
+    uint32_t first = (atomic_fetch_add(&buffers, 1) + 1) * 0x9e3779b9u; /* far apart, however many there are */
+    for (uint32_t i = 0; i < buffer->x.config.leases_max; i++)
+        buffer->leases[i].generation = first;
+}
+
 static epx_status_t make_pools(epx_buffer_t *buffer)
 {
     const epx_buffer_config_t *c = &buffer->x.config;
@@ -140,6 +149,7 @@ static epx_status_t make_pools(epx_buffer_t *buffer)
     if (!buffer->x.peer || !buffer->exports || !buffer->leases || !buffer->handles || !buffer->handle_slab)
         return epx__fail(EPX_E_NOMEM, "no memory for a buffer's pools (%u handles, %u leases)", c->handles_max,
                          c->leases_max);
+    number_leases(buffer);
     for (uint32_t i = 0; i < c->handles_max; i++) {
         epx_handle_t *handle = &buffer->handles[i];
         handle->buffer = buffer;

@@ -117,6 +117,26 @@ static void body_too_many(xt_rank_t *self)
              epx_status_name(status), epx_error_detail());
 }
 
+/* A lease of another buffer is refused, though the two have handed out as many. */
+static void body_leases(xt_rank_t *self)
+{
+    epx_buffer_t *one, *two;
+    if (!open_buffer(self, 1u << 16, 3000, &one) || !open_buffer(self, 1u << 16, 3000, &two))
+        return;
+    epx_lease_t a, b;
+    void *memory;
+    XT_OK(self, epx_lease(one, 64, NULL, &a, &memory));
+    XT_OK(self, epx_lease(two, 64, NULL, &b, &memory));
+    epx_status_t status = epx_lease_release(two, a, NULL);
+    XT_CHECK(self, status == EPX_E_INVALID && strstr(epx_error_detail(), "not held on this buffer"), "%s: %s",
+             epx_status_name(status), epx_error_detail());
+    XT_OK(self, epx_lease_release(one, a, NULL));
+    XT_OK(self, epx_lease_release(two, b, NULL));
+    XT_CHECK(self, epx_lease_release(one, a, NULL) == EPX_E_INVALID, "released twice");
+    epx_buffer_destroy(one);
+    epx_buffer_destroy(two);
+}
+
 int main(int argc, char **argv)
 {
     const char *part = argc > 1 ? argv[1] : "";
@@ -124,6 +144,7 @@ int main(int argc, char **argv)
         {.name = "told once", .ranks = 2, .body = body_told},
         {.name = "refused half", .ranks = 2, .body = body_refused_half},
         {.name = "sizes", .ranks = 2, .body = body_sizes},
+        {.name = "leases of two buffers", .ranks = 2, .body = body_leases},
         {.name = "too many tokens", .ranks = 4, .body = body_too_many},
     };
     if (xt_memory()->backend != EPX_BACKEND_CPU) {
