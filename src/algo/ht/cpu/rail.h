@@ -116,6 +116,26 @@ epx__step_t epx__rail_rows_step(epx__half_t *half, const epx__exchange_handle_t 
 void epx__rail_rows_blame(epx__ht_cpu_t *ht, epx__blame_t *blame);
 void epx__rail_rows_end(epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle);
 
+/* rail_sum.c */
+typedef struct epx__rail_rows { /* of one token in the own domain, in rank order */
+    const void *const *rows;
+    const uint8_t *const *weights; /* [topk] floats each */
+    int count;
+} epx__rail_rows_t;
+
+typedef struct epx__rail_sum {
+    const epx_combine_t *args;
+    size_t row_bytes;
+    uint32_t topk;
+    bool weights, streaming;
+    int domains, home, members;
+    const epx__rail_rows_t *own;
+    const uint8_t *const *sums; /* [domains] records of the others: row, weights; NULL where the token did not go */
+} epx__rail_sum_t;
+
+void epx__rail_sum(const epx__rail_sum_t *sum, uint32_t token);
+void epx__rail_sum_weights(const uint8_t *const *weights, int n, uint32_t topk, float *out);
+
 /* rail_combine.c: all of combine when there are several domains. */
 epx_status_t epx__ht_rail_combine(epx__exchange_t *exchange, epx__exchange_handle_t *handle,
                                   const epx_combine_t *combine, size_t x_offset);

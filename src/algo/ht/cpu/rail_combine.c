@@ -17,7 +17,6 @@
 #include "base/mutate.h"
 #include "plan/format.h"
 
-#define BLOCK 2048u             /* elements added at a time: two blocks of fp32 stay in the nearest cache */
 #define STREAM_BYTES (2u << 20) /* below this in all, rows stay in the cache */
 #define STEP_BYTES (2u << 20)   /* summed or staged by one step of one stream, about */
 
@@ -168,18 +167,6 @@ static int take_rows(combine_job_t *job, int d, const uint8_t *mask, const void 
     return n;
 }
 
-static void add_weights(const combine_job_t *job, const uint8_t *const *weights, int n, float *out)
-{
-    for (uint32_t k = 0; k < job->topk; k++) {
-        float sum = 0.0f, weight;
-        for (int i = 0; i < n; i++) {
-            memcpy(&weight, weights[i] + 4 * (size_t)k, sizeof weight);
-            sum += weight;
-        }
-        out[k] = sum;
-    }
-}
-
 /* ---- rail: sums for another domain's tokens ---- */
 
 static bool rail_step(epx__half_t *half, combine_job_t *job, epx__ht_rail_t *rail)
@@ -205,7 +192,7 @@ static bool rail_step(epx__half_t *half, combine_job_t *job, epx__ht_rail_t *rai
         uint8_t *to = epx__rail_row(ring, &rail->out, k);
         epx__sum_rows(to, rows, count, NULL, 0, job->args->hidden, job->args->dtype, false);
         if (job->weights)
-            add_weights(job, weights, count, (float *)(void *)(to + job->row_bytes));
+            epx__rail_sum_weights(weights, count, job->topk, (float *)(void *)(to + job->row_bytes));
     }
     rail->out.packed += n;
     tell_read(job, d, before);
@@ -236,18 +223,6 @@ static bool crosses(const combine_job_t *job, uint32_t token, int d)
     return job->came[d] < (uint32_t)job->crossing->cross_count[d] && tokens[job->came[d]] == (int32_t)token;
 }
 
-static void add_f32(float *to, const float *from, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        to[i] += from[i];
-}
-
-typedef struct token_sum {
-    const void *const *rows; /* of the own domain */
-    const uint8_t *const *weights;
-    int count;
-} token_sum_t;
-
 /* The sums of other domains for this token, by domain; NULL where it did not go. `came` advances. */
 static void take_sums(combine_job_t *job, uint32_t token, const uint8_t **sums)
 {
@@ -261,93 +236,21 @@ static void take_sums(combine_job_t *job, uint32_t token, const uint8_t **sums)
     }
 }
 
-/* Elements [from, from + n) of one token. */
-static void add_block(const combine_job_t *job, uint32_t token, const token_sum_t *own, const uint8_t *const *sums,
-                      size_t from, size_t n)
-{
-    const epx_combine_t *args = job->args;
-    size_t skip = from * epx__dtype_bytes(args->dtype);
-    float acc[BLOCK], part[BLOCK];
-    const void *rows[job->rails->members + 2];
-    bool first = true;
-    for (int d = 0; d < job->rails->domains; d++) {
-        if (d == job->rails->home) {
-            if (own->count == 0)
-                continue;
-            for (int i = 0; i < own->count; i++)
-                rows[i] = (const uint8_t *)own->rows[i] + skip;
-            epx__sum_rows_f32(first ? acc : part, true, rows, own->count, n, args->dtype);
-            if (!first)
-                add_f32(acc, part, n);
-        } else {
-            if (!sums[d])
-                continue;
-            rows[0] = sums[d] + skip;
-            epx__sum_rows_f32(acc, first, rows, 1, n, args->dtype);
-        }
-        first = false;
-    }
-    int biases = 0;
-    for (int b = 0; b < 2; b++)
-        if (args->bias[b])
-            rows[biases++] = (const uint8_t *)args->bias[b] + (size_t)token * job->row_bytes + skip;
-    if (first || biases)
-        epx__sum_rows_f32(acc, first, rows, biases, n, args->dtype);
-    epx__round_row((uint8_t *)args->out + (size_t)token * job->row_bytes + skip, acc, n, args->dtype, false);
-}
-
-/*
- * All rows of a token one after the other, when that is the same sum: a domain's sum from +0 changes nothing when it is
- * the first, or of one row. One pass over the rows, by the fastest code there is.
- */
-static bool add_plain(const combine_job_t *job, uint32_t token, const token_sum_t *own, const uint8_t *const *sums)
-{
-    const epx_combine_t *args = job->args;
-    const void *rows[job->rails->members + job->rails->domains], *bias[2];
-    int n = 0, biases = 0;
-    for (int d = 0; d < job->rails->domains; d++) {
-        if (d == job->rails->home) {
-            if (n > 0 && own->count > 1)
-                return false;
-            for (int i = 0; i < own->count; i++)
-                rows[n++] = own->rows[i];
-        } else if (sums[d])
-            rows[n++] = sums[d];
-    }
-    for (int b = 0; b < 2; b++)
-        if (args->bias[b])
-            bias[biases++] = (const uint8_t *)args->bias[b] + (size_t)token * job->row_bytes;
-    epx__sum_rows((uint8_t *)args->out + (size_t)token * job->row_bytes, rows, n, bias, biases, args->hidden,
-                  args->dtype, job->streaming);
-    return true;
-}
-
-static void add_token_weights(const combine_job_t *job, uint32_t token, const token_sum_t *own,
-                              const uint8_t *const *sums)
-{
-    float *out = job->args->out_topk_weights + (size_t)token * job->topk, home[EPX_TOPK_MAX];
-    memset(out, 0, 4 * (size_t)job->topk);
-    for (int d = 0; d < job->rails->domains; d++) {
-        if (sums[d]) {
-            add_f32(out, (const float *)(const void *)(sums[d] + job->row_bytes), job->topk);
-        } else if (d == job->rails->home && own->count) {
-            add_weights(job, own->weights, own->count, home);
-            add_f32(out, home, job->topk);
-        }
-    }
-}
-
-/* Domain sums in domain order. */
-static void add_token(combine_job_t *job, uint32_t token, const token_sum_t *own)
+static void add_token(combine_job_t *job, uint32_t token, const epx__rail_rows_t *own)
 {
     const uint8_t *sums[job->rails->domains];
-    size_t hidden = job->args->hidden;
+    epx__rail_sum_t sum = {.args = job->args,
+                           .row_bytes = job->row_bytes,
+                           .topk = job->topk,
+                           .weights = job->weights,
+                           .streaming = job->streaming,
+                           .domains = job->rails->domains,
+                           .home = job->rails->home,
+                           .members = job->rails->members,
+                           .own = own,
+                           .sums = sums};
     take_sums(job, token, sums);
-    bool whole = add_plain(job, token, own, sums);
-    for (size_t from = 0; !whole && from < hidden; from += BLOCK)
-        add_block(job, token, own, sums, from, hidden - from < BLOCK ? hidden - from : BLOCK);
-    if (job->weights)
-        add_token_weights(job, token, own, sums);
+    epx__rail_sum(&sum, token);
 }
 
 static bool owner_step(epx__half_t *half, combine_job_t *job)
@@ -373,7 +276,7 @@ static bool owner_step(epx__half_t *half, combine_job_t *job)
                 there = false;
         if (!there && !EPX__MUTATE(rail_sum_early))
             break;
-        token_sum_t own = {rows, weights, 0};
+        epx__rail_rows_t own = {rows, weights, 0};
         if (mask_of(job, job->token, rails->home, mask))
             own.count = take_rows(job, rails->home, mask, rows, weights);
         if (own.count < 0)

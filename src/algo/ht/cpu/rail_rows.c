@@ -14,7 +14,8 @@
 #include "base/fail.h"
 #include "base/mutate.h"
 
-#define PULL_BYTES (2u << 20) /* pulled of one stream by one step, about */
+#define STREAM_BYTES (2u << 20) /* below this in all, rows stay in the cache */
+#define PULL_BYTES (2u << 20)   /* pulled of one stream by one step, about */
 
 static size_t record_bytes(const epx__row_shape_t *shape)
 {
@@ -178,6 +179,7 @@ static void pull_part(void *context, int part, int parts)
     const int32_t *row_of = crossing->pull_row + (size_t)source * rails->rails->tokens_max;
     const int32_t *token_of = crossing->pull_token + (size_t)source * rails->rails->tokens_max;
     uint8_t *ring = rails->rails->member[piece->member] + epx__rails_receive(rails->rails, d);
+    bool streaming = piece->ht->exchange->streaming && (uint64_t)piece->handle->rows * shape->row_bytes > STREAM_BYTES;
     uint32_t span = piece->to - piece->from;
     uint32_t from = piece->from + (uint32_t)((uint64_t)span * (uint32_t)part / (uint32_t)parts);
     uint32_t to = piece->from + (uint32_t)((uint64_t)span * (uint32_t)(part + 1) / (uint32_t)parts);
@@ -185,7 +187,7 @@ static void pull_part(void *context, int part, int parts)
         const uint8_t *record = epx__rail_row(ring, &piece->rail->in, (uint64_t)row_of[j]);
         size_t row = (size_t)routing->start[source] + j;
         if (place->x)
-            memcpy((uint8_t *)place->x + row * shape->row_bytes, record, shape->row_bytes);
+            epx__copy_row((uint8_t *)place->x + row * shape->row_bytes, record, shape->row_bytes, streaming);
         record += shape->row_bytes;
         if (place->side && shape->side_bytes)
             memcpy((uint8_t *)place->side + row * shape->side_bytes, record, shape->side_bytes);
@@ -195,6 +197,7 @@ static void pull_part(void *context, int part, int parts)
             place->src_token[row] = token_of[j];
         routing->src_token[row] = token_of[j];
     }
+    epx__copy_fence();
 }
 
 /* How far down the stream nothing is mine any more. */
