@@ -65,7 +65,8 @@ typedef struct epx_ll_dispatch {
 EPX_API epx_status_t epx_ll_dispatch(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
                                      epx_ll_handle_t **handle);
 /* Halves. The struct's memory is borrowed until the stream passes the recv half. EPX_E_BUSY: every slot of the ring is
- * owned by a handle that has not been combined or released (ll_slots of the buffer's configuration). */
+ * owned by a handle that has not been combined or released (ll_slots of the buffer's configuration), or a rank that was
+ * given up while the slot was in use is alive and may still write there. */
 EPX_API epx_status_t epx_ll_dispatch_send(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
                                           epx_ll_handle_t **handle);
 EPX_API epx_status_t epx_ll_dispatch_recv(epx_ll_handle_t *handle, epx_stream_t stream);

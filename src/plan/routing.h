@@ -99,11 +99,16 @@ uint32_t epx__routing_slots(uint32_t topk, uint32_t ranks);
 
 /*
  * Count and place. All outputs are caller's memory.
- *   rank_count   [ranks]            tokens bound for each rank
- *   expert_count [experts] or NULL  (token, expert) pairs per global expert; an id that a token repeats counts each
- * time dst_rank     [tokens][slots]    destination ranks ascending, -1 padded dst_row      [tokens][slots]    position
- * among this source's tokens bound for that rank (not yet the final row), -1 padded bad          ids that were neither
- * -1 nor an expert
+ *
+ *   rank_count [ranks]: tokens bound for each rank.
+ *
+ *   expert_count [experts] or NULL: (token, expert) pairs per global expert. A repeated id counts each time.
+ *
+ *   dst_rank [tokens][slots]: destination ranks ascending, -1 padded.
+ *
+ *   dst_row [tokens][slots]: place among this source's tokens bound for that rank (not the final row), -1 padded.
+ *
+ *   bad: ids that were neither -1 nor an expert.
  */
 void epx__routing_make(const epx__routing_in_t *in, uint32_t slots, int32_t *rank_count, int32_t *expert_count,
                        int32_t *dst_rank, int32_t *dst_row, uint32_t *bad);

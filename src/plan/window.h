@@ -24,7 +24,7 @@
 
 /* ---- control: at the window's start ---- */
 
-/* An error that rank `from` tells this rank. `word` is written last (release): 0 none, else status | operation << 8. */
+/* An error that rank `from` tells this rank. `word` is written last (release): 0 none, else the status. */
 typedef struct epx__error_slot {
     uint64_t word;
     uint64_t sequence;
@@ -72,8 +72,8 @@ typedef struct epx__message {
 
 typedef struct epx__words {
     uint64_t consumed; /* `from` has read my messages up to this sequence */
-    uint64_t sent;     /* rows `from` has put into my ring, ever (sum over operations) */
-    uint64_t taken;    /* rows of its ring that `from` has emptied, ever: my credit there */
+    uint64_t sent;     /* rows `from` has put into my lease or its ring here, ever (sum over operations) */
+    uint64_t taken;    /* rows of mine that `from` has received or taken out of its ring, ever: my credit there */
     uint64_t staged;   /* combine: rows `from` has put up for me to read, ever */
     uint64_t read;     /* combine: rows of mine that `from` has read, ever */
     uint64_t closed;   /* 1: `from` has destroyed its buffer; nothing more will come */
@@ -95,7 +95,7 @@ typedef struct epx__window_layout {
     size_t total_bytes;
 } epx__window_layout_t;
 
-/* `chunk_words`: per source, 0 on the CPU. Refuses in words what does not fit 64 bits or is below the least reserve. */
+/* `chunk_words`: per source, 0 on the CPU. Refuses in words what does not fit 64 bits. */
 epx_status_t epx__window_layout_make(uint32_t ranks, const epx_buffer_config_t *config, uint32_t chunk_words,
                                      epx__window_layout_t *layout);
 

@@ -33,6 +33,7 @@ typedef struct trip {
     _Alignas(16) uint16_t x[TOKENS][HIDDEN], y[RANKS_MOST * TOKENS][HIDDEN];
     _Alignas(16) uint16_t out[TOKENS][HIDDEN], recv[RANKS_MOST * TOKENS][HIDDEN];
     float left[TOKENS];
+    int64_t wait_ns[RANKS_MOST];
     int32_t count[1], source[RANKS_MOST * TOKENS];
 } trip_t;
 
@@ -68,6 +69,7 @@ static epx_ll_dispatch_t dispatch_args(trip_t *t, uint64_t timeout_ms)
     d.recv_x = t->recv;
     d.recv_count = t->count;
     d.src_info = t->source;
+    d.wait_ns = t->wait_ns;
     d.timeout_ms = timeout_ms;
     return d;
 }
@@ -126,6 +128,8 @@ static void body_late(xt_rank_t *self)
         good = whole(&t, 16, PATIENT_MS, mine, "late call");
     } else if (good) {
         good = whole(&t, 16, IMPATIENT_MS, all & ~(1u << late), "call without the late rank");
+        XT_CHECK(self, t.wait_ns[late] >= IMPATIENT_MS * 900000ll, "%lld ns waited for the late rank",
+                 (long long)t.wait_ns[late]);
         int32_t masked[RANKS_MOST] = {0};
         XT_CHECK(self, epx_ll_mask_get(t.buffer, masked) == EPX_OK && masked[late], "the late rank is not masked");
         xt_mark(self, 0);

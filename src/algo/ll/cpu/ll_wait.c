@@ -39,8 +39,9 @@ static void note_wait(const epx__ll_wait_t *wait, int rank, uint64_t start_ns)
         wait->wait_ns[rank] += (int64_t)(epx__now_ns() - start_ns);
 }
 
-static void give_up(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, int rank)
+static void give_up(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, int rank, uint64_t start_ns)
 {
+    note_wait(wait, rank, start_ns);
     epx__ll_set_masked(ll, rank, true);
     ll->done[rank] = 1;
     if (wait->give_up)
@@ -48,7 +49,8 @@ static void give_up(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, int rank)
 }
 
 /* Nobody was ready: is somebody gone, or the time over? */
-static epx_status_t check_late(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, epx__deadline_t *deadline)
+static epx_status_t check_late(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, uint64_t start_ns,
+                               epx__deadline_t *deadline)
 {
     epx__exchange_t *exchange = ll->exchange;
     bool late = epx__deadline_passed(deadline);
@@ -60,7 +62,7 @@ static epx_status_t check_late(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, ep
         if (wait->ready(ll, r, wait->context) || !(late || closed || dead))
             continue;
         if (exchange->config.ll_mask_on_timeout)
-            give_up(ll, wait, r);
+            give_up(ll, wait, r, start_ns);
         else if (dead || closed)
             return epx__alarm_raise(exchange, EPX_E_PEER, wait->number, r,
                                     "%s on rank %d waits for %s of rank %d, which %s", wait->operation, exchange->rank,
@@ -105,7 +107,7 @@ epx_status_t epx__ll_serve_all(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait)
             epx__waiter_progress(&waiter);
             continue;
         }
-        EPX__TRY(check_late(ll, wait, &deadline));
+        EPX__TRY(check_late(ll, wait, start_ns, &deadline));
         epx__waiter_pause(&waiter, somebody_ready, &loop);
     }
 }
