@@ -40,6 +40,17 @@ typedef struct member {
     uint64_t ring_rows;
 } member_t;
 
+/* Tokens whose rows have been found, to be added by all threads. */
+#define BATCH 64u
+typedef struct batch {
+    uint32_t n;
+    int count[BATCH];        /* rows of the own domain */
+    uint8_t *to[BATCH];      /* rail: where the sum goes */
+    const void **rows;       /* [BATCH][members] */
+    const uint8_t **weights; /* [BATCH][members] */
+    const uint8_t **sums;    /* [BATCH][domains], owner */
+} batch_t;
+
 typedef struct combine_job {
     epx__ht_cpu_t *ht;
     epx__ht_rails_t *rails;
@@ -58,6 +69,7 @@ typedef struct combine_job {
     stage_t *stages;     /* [members][domains] */
     uint32_t token;      /* owner: next */
     uint32_t *came;      /* [domains] owner: rows used of that domain's sums */
+    batch_t *batch;
 } combine_job_t;
 
 static size_t at(const combine_job_t *job, int member, int domain)
@@ -169,34 +181,48 @@ static int take_rows(combine_job_t *job, int d, const uint8_t *mask, const void 
 
 /* ---- rail: sums for another domain's tokens ---- */
 
+static void rail_part(void *context, int part, int parts)
+{
+    const combine_job_t *job = context;
+    const batch_t *batch = job->batch;
+    size_t members = (size_t)job->rails->members;
+    uint32_t from = batch->n * (uint32_t)part / (uint32_t)parts, to = batch->n * (uint32_t)(part + 1) / (uint32_t)parts;
+    for (uint32_t i = from; i < to; i++) {
+        epx__sum_rows(batch->to[i], batch->rows + i * members, batch->count[i], NULL, 0, job->args->hidden,
+                      job->args->dtype, false);
+        if (job->weights)
+            epx__rail_sum_weights(batch->weights + i * members, batch->count[i], job->topk,
+                                  (float *)(void *)(batch->to[i] + job->row_bytes));
+    }
+}
+
 static bool rail_step(epx__half_t *half, combine_job_t *job, epx__ht_rail_t *rail)
 {
     epx__ht_rails_t *rails = job->rails;
+    batch_t *batch = job->batch;
     int d = rail->domain;
-    uint32_t room = epx__rail_room(rails, rail), before[rails->members], n = 0;
+    uint32_t room = epx__rail_room(rails, rail), before[rails->members];
     uint32_t most = (uint32_t)(STEP_BYTES / rail->out.stride) + 1;
-    size_t mask_bytes = rails->rails->layout.mask_bytes;
+    size_t mask_bytes = rails->rails->layout.mask_bytes, members = (size_t)rails->members;
     const uint8_t *masks = job->crossing->in_mask + (size_t)d * rails->rails->tokens_max * mask_bytes;
     uint8_t *ring = (uint8_t *)rails->rails->window.base + epx__rails_send(rails->rails, d);
-    const void *rows[rails->members];
-    const uint8_t *weights[rails->members];
     if (room == 0)
         return epx__rail_put(half, rails, rail);
     remember(job, d, before);
     look_for_rows(job, d);
-    for (; n < room && n < most; n++) {
-        uint32_t k = rail->out.packed + n;
-        int count = take_rows(job, d, masks + k * mask_bytes, rows, weights);
-        if (count < 0)
+    for (batch->n = 0; batch->n < room && batch->n < most && batch->n < BATCH; batch->n++) {
+        uint32_t k = rail->out.packed + batch->n, i = batch->n;
+        batch->count[i] =
+            take_rows(job, d, masks + k * mask_bytes, batch->rows + i * members, batch->weights + i * members);
+        if (batch->count[i] < 0)
             break;
-        uint8_t *to = epx__rail_row(ring, &rail->out, k);
-        epx__sum_rows(to, rows, count, NULL, 0, job->args->hidden, job->args->dtype, false);
-        if (job->weights)
-            epx__rail_sum_weights(weights, count, job->topk, (float *)(void *)(to + job->row_bytes));
+        batch->to[i] = epx__rail_row(ring, &rail->out, k);
     }
-    rail->out.packed += n;
+    if (batch->n)
+        epx__workers_run(job->ht->workers, rail_part, job);
+    rail->out.packed += batch->n;
     tell_read(job, d, before);
-    return epx__rail_put(half, rails, rail) || n > 0;
+    return epx__rail_put(half, rails, rail) || batch->n > 0;
 }
 
 /* ---- owner ---- */
@@ -236,61 +262,82 @@ static void take_sums(combine_job_t *job, uint32_t token, const uint8_t **sums)
     }
 }
 
-static void add_token(combine_job_t *job, uint32_t token, const epx__rail_rows_t *own)
+static void owner_part(void *context, int part, int parts)
 {
-    const uint8_t *sums[job->rails->domains];
-    epx__rail_sum_t sum = {.args = job->args,
-                           .row_bytes = job->row_bytes,
-                           .topk = job->topk,
-                           .weights = job->weights,
-                           .streaming = job->streaming,
-                           .domains = job->rails->domains,
-                           .home = job->rails->home,
-                           .members = job->rails->members,
-                           .own = own,
-                           .sums = sums};
-    take_sums(job, token, sums);
-    epx__rail_sum(&sum, token);
+    const combine_job_t *job = context;
+    const batch_t *batch = job->batch;
+    size_t members = (size_t)job->rails->members, domains = (size_t)job->rails->domains;
+    uint32_t from = batch->n * (uint32_t)part / (uint32_t)parts, to = batch->n * (uint32_t)(part + 1) / (uint32_t)parts;
+    for (uint32_t i = from; i < to; i++) {
+        epx__rail_rows_t own = {batch->rows + i * members, batch->weights + i * members, batch->count[i]};
+        epx__rail_sum_t sum = {.args = job->args,
+                               .row_bytes = job->row_bytes,
+                               .topk = job->topk,
+                               .weights = job->weights,
+                               .streaming = job->streaming,
+                               .domains = job->rails->domains,
+                               .home = job->rails->home,
+                               .members = job->rails->members,
+                               .own = &own,
+                               .sums = batch->sums + i * domains};
+        epx__rail_sum(&sum, job->token + i);
+    }
+    epx__copy_fence();
+}
+
+/* Are the other domains' sums of this token here? */
+static bool sums_there(const combine_job_t *job, uint32_t token)
+{
+    const epx__ht_rails_t *rails = job->rails;
+    for (int d = 0; d < rails->domains; d++)
+        if (d != rails->home && crosses(job, token, d) && job->came[d] >= rails->rail[d].in.moved)
+            return EPX__MUTATE(rail_sum_early);
+    return true;
+}
+
+/* The next tokens all of whose rows are here. */
+static void find_batch(combine_job_t *job)
+{
+    epx__ht_rails_t *rails = job->rails;
+    batch_t *batch = job->batch;
+    uint32_t left = job->handle->args.tokens - job->token, most = (uint32_t)(STEP_BYTES / job->row_bytes) + 1;
+    size_t members = (size_t)rails->members;
+    uint8_t mask[rails->rails->layout.mask_bytes];
+    for (batch->n = 0; batch->n < left && batch->n < most && batch->n < BATCH; batch->n++) {
+        uint32_t i = batch->n, token = job->token + i;
+        if (!sums_there(job, token))
+            return;
+        batch->count[i] = 0;
+        if (mask_of(job, token, rails->home, mask))
+            batch->count[i] =
+                take_rows(job, rails->home, mask, batch->rows + i * members, batch->weights + i * members);
+        if (batch->count[i] < 0)
+            return;
+        take_sums(job, token, batch->sums + (size_t)i * (size_t)rails->domains);
+    }
 }
 
 static bool owner_step(epx__half_t *half, combine_job_t *job)
 {
     epx__ht_rails_t *rails = job->rails;
-    uint32_t tokens = job->handle->args.tokens, before[rails->members], n = 0;
-    uint32_t most = (uint32_t)(STEP_BYTES / job->row_bytes) + 1;
-    const void *rows[rails->members];
-    const uint8_t *weights[rails->members];
-    uint8_t mask[rails->rails->layout.mask_bytes];
+    uint32_t before[rails->members];
     bool moved = false;
     for (int d = 0; d < rails->domains; d++)
         if (d != rails->home)
             epx__rail_look(&rails->rail[d]);
-    if (job->token < tokens) {
-        remember(job, rails->home, before);
-        look_for_rows(job, rails->home);
-    }
-    for (; job->token < tokens && n < most; n++) {
-        bool there = true;
-        for (int d = 0; d < rails->domains; d++)
-            if (d != rails->home && crosses(job, job->token, d) && job->came[d] >= rails->rail[d].in.moved)
-                there = false;
-        if (!there && !EPX__MUTATE(rail_sum_early))
-            break;
-        epx__rail_rows_t own = {rows, weights, 0};
-        if (mask_of(job, job->token, rails->home, mask))
-            own.count = take_rows(job, rails->home, mask, rows, weights);
-        if (own.count < 0)
-            break;
-        add_token(job, job->token++, &own);
-    }
-    if (n) {
-        epx__copy_fence();
+    remember(job, rails->home, before);
+    look_for_rows(job, rails->home);
+    find_batch(job);
+    if (job->batch->n) {
+        epx__workers_run(job->ht->workers, owner_part, job);
+        job->token += job->batch->n;
         tell_read(job, rails->home, before);
+        moved = true;
     }
     for (int d = 0; d < rails->domains; d++)
         if (d != rails->home && rails->rail[d].in.freed < job->came[d])
             moved |= epx__rail_free(half, &rails->rail[d], job->came[d]);
-    return moved || n > 0;
+    return moved;
 }
 
 /* ---- expert ---- */
@@ -495,6 +542,10 @@ epx_status_t epx__ht_rail_combine(epx__exchange_t *exchange, epx__exchange_handl
     source_t sources[pairs];
     stage_t stages[pairs];
     uint32_t came[rails->domains];
+    size_t members_n = (size_t)rails->members, domains_n = (size_t)rails->domains;
+    const void *rows[BATCH * members_n];
+    const uint8_t *row_weights[BATCH * members_n], *sums[BATCH * domains_n];
+    batch_t batch = {.rows = rows, .weights = row_weights, .sums = sums};
     combine_job_t job = {.ht = ht,
                          .rails = rails,
                          .handle = handle,
@@ -511,7 +562,8 @@ epx_status_t epx__ht_rail_combine(epx__exchange_t *exchange, epx__exchange_handl
                          .members = members,
                          .sources = sources,
                          .stages = stages,
-                         .came = came};
+                         .came = came,
+                         .batch = &batch};
     const uint8_t *weights = (const uint8_t *)combine->topk_weights;
     const uint8_t *leases = ht->window + exchange->layout.lease_offset;
     if (weights && weights >= leases && weights < leases + exchange->layout.lease_bytes)
