@@ -1,0 +1,342 @@
+/*
+ * Low-latency combine. In every block some warps push rows home and the others add what comes:
+ *
+ *   copiers   a row at a time: an expert's output, or (by_rank) this rank's weighted sum of a token's, into the owner's
+ *             place for it; each tells in shared memory how many rows it has done
+ *   teller    one warp: when all copiers have done a row, its flag at the owner. The release waits for the SM's stores
+ *             under way; the copiers go on meanwhile
+ *   adders    a piece of a token's row each: wait for the flags of the token's rows, add in order, round once
+ *
+ * An owner's place is free when I write: it has dispatched this call to me after it combined the slot's last one.
+ */
+#include <cuda_runtime.h>
+
+#include "algo/ll/cuda/ll_wait.cuh"
+#include "plan/format.h"
+
+#define COPIERS 16u
+#define BATCH 4u /* rows that a thread has in flight */
+
+typedef struct ll_head {
+    uint64_t n, slot;
+    uint32_t stop;
+    uint32_t done[COPIERS]; /* rows that each copier has put */
+} ll_head_t;
+
+EPX__DEVICE void st_release_cta_u32(uint32_t *p, uint32_t v)
+{
+    asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+EPX__DEVICE uint32_t ld_acquire_cta_u32(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+/* acc += w * v, 8 elements; products and sums rounded one by one. */
+EPX__DEVICE void add8(float *acc, uint4 v, float w, bool weighted)
+{
+    uint32_t u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float low = __uint_as_float(u[i] << 16), high = __uint_as_float(u[i] & 0xffff0000u);
+        acc[2 * i] = __fadd_rn(acc[2 * i], weighted ? __fmul_rn(w, low) : low);
+        acc[2 * i + 1] = __fadd_rn(acc[2 * i + 1], weighted ? __fmul_rn(w, high) : high);
+    }
+}
+/* NaNs as epx__bf16_of_f32 makes them. */
+EPX__DEVICE uint32_t round2(float low, float high)
+{
+    return (uint32_t)epx__bf16_of_f32(low) | (uint32_t)epx__bf16_of_f32(high) << 16;
+}
+EPX__DEVICE uint4 round8(const float *acc)
+{
+    return make_uint4(round2(acc[0], acc[1]), round2(acc[2], acc[3]), round2(acc[4], acc[5]), round2(acc[6], acc[7]));
+}
+
+/* ---- push ---- */
+
+EPX__DEVICE char *home_row(const ll_common_t &l, const ll_head_t &h, const ll_back_t &b)
+{
+    return l.c.peers[b.source] + epx__ll_back_at(&l.c.layout.ll, h.slot, (uint32_t)b.token, (uint32_t)b.place);
+}
+
+/* The i-th row to push: expert outputs for other ranks, then, with halves, this rank's own; or all ranks' sums. */
+EPX__DEVICE ll_back_t row_to_push(const ll_combine_t &p, uint32_t i)
+{
+    const ll_common_t &l = p.l;
+    if (p.by_rank)
+        return l.r.rank_list[i];
+    uint32_t others = l.r.list_count[0];
+    if (i < others)
+        return l.r.list[i];
+    uint32_t pair = i - others; /* of my own tokens */
+    return ll_back_t{l.r.pos[(size_t)l.c.rank * l.c.layout.ll.tokens_max * l.topk + pair], l.c.rank,
+                     (int32_t)(pair / l.topk), (int32_t)(pair % l.topk)};
+}
+EPX__DEVICE uint32_t rows_to_push(const ll_combine_t &p)
+{
+    const ll_common_t &l = p.l;
+    if (p.by_rank)
+        return l.r.list_count[1];
+    return l.r.list_count[0] + (p.recv ? 0 : l.tokens * l.topk);
+}
+EPX__DEVICE bool goes_home(const ll_combine_t &p, const ll_back_t &b)
+{
+    return b.row >= 0 && !p.l.masked[b.source];
+}
+
+EPX__DEVICE void push_plain(const ll_combine_t &p, const char *from, char *to)
+{
+    uint32_t bytes = p.l.hidden * 2;
+    for (uint32_t at = threadIdx.x * 16; at < bytes; at += 2 * COPIERS * 512) {
+        uint32_t second = at + COPIERS * 512;
+        uint4 a = ld_global_16(from + at), b;
+        if (second < bytes)
+            b = ld_global_16(from + second);
+        st_global_16(to + at, a);
+        if (second < bytes)
+            st_global_16(to + second, b);
+    }
+}
+
+/* Weighted sum over my experts of one token, in top-k order. */
+EPX__DEVICE void push_sum(const ll_combine_t &p, const ll_back_t &b, char *to)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, bytes = l.hidden * 2;
+    size_t at_pos = (size_t)b.row * l.topk + lane;
+    int32_t pos = lane < l.topk ? l.r.pos[at_pos] : -1;
+    float weight = pos >= 0 ? l.r.weights[at_pos] : 0.0f;
+    uint32_t mine = __ballot_sync(ALL_LANES, pos >= 0);
+    for (uint32_t base = threadIdx.x / 32 * 512; base < bytes; base += COPIERS * 512) {
+        uint32_t at = base + lane * 16;
+        float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (uint32_t m = mine; m;) {
+            uint4 v[BATCH];
+            float w[BATCH];
+            uint32_t have = 0;
+#pragma unroll
+            for (uint32_t i = 0; i < BATCH; i++) {
+                int k = m ? __ffs((int)m) - 1 : 0;
+                size_t row = (size_t)__shfl_sync(ALL_LANES, pos, k);
+                w[i] = __shfl_sync(ALL_LANES, weight, k);
+                if (m) {
+                    v[i] = at < bytes ? ld_global_16(p.x + row * bytes + at) : make_uint4(0, 0, 0, 0);
+                    have = i + 1;
+                }
+                m &= m - 1;
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < BATCH; i++)
+                if (i < have)
+                    add8(acc, v[i], w[i], true);
+        }
+        if (at < bytes)
+            st_global_16(to + at, round8(acc));
+    }
+}
+
+static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
+{
+    const ll_common_t &l = p.l;
+    uint32_t count = rows_to_push(p), done = 0, places = l.topk;
+    for (uint32_t i = blockIdx.x; i < count; i += gridDim.x) {
+        ll_back_t b = row_to_push(p, i);
+        if (goes_home(p, b)) {
+            if (p.pre_reduced)
+                push_sum(p, b, home_row(l, h, b));
+            else if (p.by_rank) { /* rank-major: a row of its own, the same for every choice */
+                int32_t row = -1;
+                for (uint32_t k = 0; row < 0 && k < places; k++)
+                    row = l.r.pos[(size_t)b.row * places + k];
+                push_plain(p, p.x + (size_t)row * l.hidden * 2, home_row(l, h, b));
+            } else
+                push_plain(p, p.x + (size_t)b.row * l.hidden * 2, home_row(l, h, b));
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            st_release_cta_u32(&h.done[threadIdx.x / 32], ++done);
+    }
+}
+
+static __device__ void teller(const ll_combine_t &p, ll_head_t &h)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, count = rows_to_push(p), row = 0;
+    for (uint32_t i = blockIdx.x; i < count; i += gridDim.x) {
+        ll_back_t b = row_to_push(p, i);
+        row++;
+        while (!__all_sync(ALL_LANES, lane >= COPIERS || ld_acquire_cta_u32(&h.done[lane]) >= row))
+            ; /* the copiers of this block wait for nobody */
+        if (lane == 0 && goes_home(p, b))
+            st_release_sys_u64(
+                (uint64_t *)(l.c.peers[b.source] +
+                             epx__ll_back_flag_at(&l.c.layout.ll, h.slot, (uint32_t)b.token, (uint32_t)b.place)),
+                h.n);
+        __syncwarp();
+    }
+}
+
+/* ---- add ---- */
+
+/* Whose rows of this call will be here: asked, and neither masked nor given up since. */
+EPX__DEVICE int share_of(const ll_combine_t &p, const ll_head_t &h, int rank, const uint64_t *flag)
+{
+    const ll_common_t &l = p.l;
+    uint32_t *gone = &l.r.gone[rank];
+    if (!l.r.asked[rank])
+        return LL_ABSENT;
+    if (flag == NULL || ld_acquire_sys_u64(flag) >= h.n)
+        return LL_CAME;
+    const uint64_t *left_out = &ll_words(l, l.c.window, h.slot, rank)->left_out;
+    int came = l.masked[rank] && !l.mask_on_timeout
+                   ? LL_ABSENT
+                   : ll_wait_slow<false>(l, h.n, flag, h.n, rank, HT_STAGE_ARRIVAL, left_out, gone);
+    if (came == LL_ABSENT && ld_acquire_sys_u64(left_out) < h.n) {
+        ll_give_up(l, h.n, rank);
+        *(volatile uint32_t *)gone = ll_decision(h.n, 2);
+    }
+    return came;
+}
+
+/* One warp: one piece of one token. Lane k has choice k: its rank, and by rank its place among the token's ranks. */
+static __device__ bool add_piece(const ll_combine_t &p, const ll_head_t &h, uint32_t t, uint32_t piece)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, bytes = l.hidden * 2;
+    size_t pair = (size_t)t * l.topk + lane;
+    int64_t id = lane < l.topk ? ll_id(l, pair) : -1;
+    int rank = id < 0 ? -1 : epx__expert_rank(&l.map, id);
+    uint32_t place = lane;
+    if (p.by_rank) {
+        uint32_t same = __match_any_sync(ALL_LANES, rank);
+        uint32_t leaders = __ballot_sync(ALL_LANES, rank >= 0 && (uint32_t)__ffs((int)same) - 1 == lane);
+        place = 0;
+        for (uint32_t m = leaders; m; m &= m - 1)
+            place += __shfl_sync(ALL_LANES, rank, __ffs((int)m) - 1) < rank;
+        if (!(leaders >> lane & 1) && rank >= 0)
+            place |= 0x100; /* counted by another lane */
+    }
+    int64_t local = -1; /* row of my own expert, added where it lies */
+    if (!p.by_rank && p.send && rank == l.c.rank)
+        local = l.r.pos[((size_t)l.c.rank * l.c.layout.ll.tokens_max + t) * l.topk + lane];
+    int came = LL_ABSENT;
+    if (rank >= 0) {
+        const uint64_t *flag =
+            (const uint64_t *)(l.c.window + epx__ll_back_flag_at(&l.c.layout.ll, h.slot, t, place & 0xff));
+        came = share_of(p, h, rank, local >= 0 ? NULL : flag);
+    }
+    if (__any_sync(ALL_LANES, came == LL_STOP))
+        return false;
+    const char *row = local >= 0 ? p.x + (size_t)local * bytes
+                                 : l.c.window + epx__ll_back_at(&l.c.layout.ll, h.slot, t, place & 0xff);
+    float weight = 1.0f;
+    if (came == LL_CAME && p.topk_weights)
+        weight = p.topk_weights[pair];
+    uint32_t shares = __ballot_sync(ALL_LANES, came == LL_CAME), order = shares;
+    uint32_t mine = came == LL_CAME && !(place & 0x100) ? 1u << (place & 31) : 0;
+    if (p.by_rank)
+        order = __reduce_or_sync(ALL_LANES, mine); /* places that came */
+    for (uint32_t base = piece * LL_SUM_PIECE * 2; base < bytes && base < (piece + 1) * LL_SUM_PIECE * 2; base += 512) {
+        uint32_t at = base + lane * 16;
+        float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (uint32_t m = order; m;) {
+            uint4 v[BATCH];
+            float w[BATCH];
+            uint32_t have = 0;
+#pragma unroll
+            for (uint32_t i = 0; i < BATCH; i++) {
+                int k = m ? __ffs((int)m) - 1 : 0;
+                if (p.by_rank)
+                    k = __ffs((int)__ballot_sync(ALL_LANES, mine == 1u << k)) - 1;
+                k = k < 0 ? 0 : k;
+                const char *from = (const char *)__shfl_sync(ALL_LANES, (unsigned long long)row, k);
+                w[i] = __shfl_sync(ALL_LANES, weight, k);
+                if (m) {
+                    v[i] = at < bytes ? ld_global_16(from + at) : make_uint4(0, 0, 0, 0);
+                    have = i + 1;
+                }
+                m &= m - 1;
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < BATCH; i++)
+                if (i < have)
+                    add8(acc, v[i], w[i], !p.by_rank);
+        }
+        if (at < bytes)
+            st_global_16(p.out + (size_t)t * bytes + at, round8(acc));
+    }
+    if (piece == 0 && p.weight_left) {
+        float left = 0.0f;
+        for (uint32_t m = shares; m; m &= m - 1)
+            left = __fadd_rn(left, __shfl_sync(ALL_LANES, weight, __ffs((int)m) - 1));
+        if (lane == 0)
+            p.weight_left[t] = left;
+    }
+    return true;
+}
+
+static __device__ void adder(const ll_combine_t &p, const ll_head_t &h, uint32_t warp, uint32_t warps)
+{
+    uint32_t pieces = (p.l.hidden + LL_SUM_PIECE - 1) / LL_SUM_PIECE;
+    for (uint32_t unit = warp * gridDim.x + blockIdx.x; unit < p.l.tokens * pieces; unit += warps * gridDim.x)
+        if (!add_piece(p, h, unit / pieces, unit % pieces))
+            return;
+}
+
+/* ---- the kernel ---- */
+
+/* One warp of block 0: who gets nothing in this call hears of it at once. */
+static __device__ void tell_left_out(const ll_combine_t &p, const ll_head_t &h)
+{
+    const ll_common_t &l = p.l;
+    for (int r = (int)(threadIdx.x % 32); r < l.c.ranks; r += 32) {
+        bool unheard = l.mask_on_timeout && *(volatile uint32_t *)&l.r.decided[r] != ll_decision(h.n, 1);
+        if (l.masked[r] || unheard)
+            st_release_sys_u64(&ll_words(l, l.c.peers[r], h.slot, l.c.rank)->left_out, h.n);
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) /* for the buffer's next kernel */
+        l.combined[h.slot] = h.n;
+}
+
+__global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_constant__ ll_combine_t p)
+{
+    __shared__ ll_head_t h;
+    uint32_t warp = threadIdx.x / 32, first = p.send ? COPIERS + 1 : 0;
+    if (threadIdx.x < COPIERS)
+        h.done[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+        h.n = *(volatile uint64_t *)p.l.r.number;
+        h.slot = h.n % p.l.slots;
+        h.stop = ht_stopped(p.l.c, h.n, false);
+    }
+    __syncthreads();
+    if (h.stop)
+        return;
+    if (blockIdx.x == 0 && warp == LL_THREADS / 32 - 1) {
+        ll_tell_finished(p.l);
+        if (p.send)
+            tell_left_out(p, h);
+    }
+    if (p.send && warp < COPIERS)
+        copier(p, h);
+    else if (p.send && warp == COPIERS)
+        teller(p, h);
+    else if (p.recv)
+        adder(p, h, warp - first, LL_THREADS / 32 - first);
+}
+
+extern "C" int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, void *stream)
+{
+    ll_combine_kernel<<<blocks, LL_THREADS, 0, (cudaStream_t)stream>>>(*p);
+    return (int)cudaGetLastError();
+}
+
+extern "C" int epx__ll_load_combine(void)
+{
+    struct cudaFuncAttributes attributes;
+    return (int)cudaFuncGetAttributes(&attributes, (const void *)ll_combine_kernel);
+}

@@ -1,0 +1,674 @@
+/*
+ * Low-latency dispatch. Roles, each done by some blocks of the grid:
+ *
+ *   ids      all my tokens' ids (and weights) to every rank, each value with the call's number beside it
+ *   send     a token at a time by 16 warps: quantised, one copy to each rank that wants it, then its flag there
+ *   spread   every rank's ids become bitmaps per local expert, from which every position follows; then each row, as its
+ *            flag comes, by pieces of 1024 elements to its experts' rows
+ *   book     counts, ranges and statistics; what combine needs of this call
+ *
+ * ids and send wait for credit only (`taken` of the slot's last call), spread and book for the ids and rows of peers.
+ */
+#include <cuda_runtime.h>
+
+#include "algo/ll/cuda/ll_wait.cuh"
+#include "plan/format.h"
+
+typedef struct ll_head {
+    uint64_t n, slot, start;
+    uint32_t stop;
+    uint32_t again;
+} ll_head_t;
+
+EPX__DEVICE void team_sync(uint32_t team)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(LL_TEAM_WARPS * 32) : "memory");
+}
+
+/* ---- ids ---- */
+
+EPX__DEVICE int credit_of(const ll_common_t &l, const ll_head_t &h, int rank)
+{
+    if (h.n <= l.slots)
+        return LL_CAME;
+    const uint64_t *taken = &ll_words(l, l.c.window, h.slot, rank)->taken;
+    if (ld_acquire_sys_u64(taken) >= h.n - l.slots)
+        return LL_CAME;
+    return ll_wait_slow<false>(l, h.n, taken, h.n - l.slots, rank, HT_STAGE_CREDIT, NULL, NULL);
+}
+
+/* A rank given up in the slot's last call may still write there, until it says that it is done with it. */
+EPX__DEVICE bool settled(const ll_common_t &l, const ll_head_t &h, int rank)
+{
+    uint64_t *owed = &l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank];
+    const epx__ll_words_t *w = ll_words(l, l.c.window, h.slot, rank);
+    if (*owed == 0)
+        return true;
+    if (ld_acquire_sys_u64(&w->combined) >= *owed || ld_acquire_sys_u64(&w->left_out) >= *owed) {
+        *owed = 0;
+        return true;
+    }
+    ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, rank, *owed, 0, 0};
+    ht_fail(l.c, h.n, f);
+    return false;
+}
+
+static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
+{
+    const ll_common_t &l = p.l;
+    uint32_t pairs = l.c.layout.ll.tokens_max * l.topk, mine = l.tokens * l.topk, bad = 0;
+    if (threadIdx.x < 32)
+        ll_tell_finished(l);
+    for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS) {
+        int credit = !settled(l, h, r) ? LL_STOP : l.masked[r] ? LL_ABSENT : credit_of(l, h, r);
+        if (credit == LL_STOP)
+            h.stop = 1;
+        l.r.asked[r] = credit == LL_CAME;
+    }
+    __syncthreads();
+    if (h.stop)
+        return;
+    for (uint32_t i = threadIdx.x; i < pairs; i += LL_THREADS) {
+        int64_t given = i < mine ? epx__topk_id(l.topk_idx, l.bits, i) : -1;
+        int64_t id = given < 0 || given >= (int64_t)l.map.experts ? -1 : given;
+        bad += id != given;
+        for (int k = 1; k <= l.c.ranks; k++) {
+            int r = (l.c.rank + k) % l.c.ranks;
+            if (!l.masked[r])
+                st_relaxed_sys_u64(&ll_ids(l, l.c.peers[r], h.slot, l.c.rank)[i], ll_stamped((uint32_t)id, h.n));
+        }
+    }
+    if (bad)
+        atomicAdd(&l.c.state->bad_ids, bad);
+    for (uint32_t i = threadIdx.x; p.topk_weights && i < mine; i += LL_THREADS) {
+        uint32_t weight = __float_as_uint(p.topk_weights[i]);
+        for (int k = 1; k <= l.c.ranks; k++) {
+            int r = (l.c.rank + k) % l.c.ranks;
+            if (!l.masked[r])
+                st_relaxed_sys_u64(&ll_weights(l, l.c.peers[r], h.slot, l.c.rank)[i], ll_stamped(weight, h.n));
+        }
+    }
+    for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS)
+        if (!l.masked[r])
+            st_relaxed_sys_u64(ll_block(l, l.c.peers[r], h.slot, l.c.rank), ll_stamped(p.stamp_shape, h.n));
+    __syncthreads();
+    if (threadIdx.x == 0)
+        l.c.host->bad_ids = *(volatile uint32_t *)&l.c.state->bad_ids;
+}
+
+/* ---- send ---- */
+
+EPX__DEVICE uint32_t e4m3x4(const float *f, float inverse)
+{
+#if __CUDA_ARCH__ >= 890
+    uint16_t low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(f[1] * inverse), "f"(f[0] * inverse));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(f[3] * inverse), "f"(f[2] * inverse));
+    return (uint32_t)low | (uint32_t)high << 16;
+#else
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++)
+        v |= (uint32_t)epx__fp8_quantise(f[i], inverse) << (8 * i);
+    return v;
+#endif
+}
+
+EPX__DEVICE void unpack8(uint4 v, float *f)
+{
+    uint32_t u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[2 * i] = __uint_as_float(u[i] << 16);
+        f[2 * i + 1] = __uint_as_float(u[i] & 0xffff0000u);
+    }
+}
+
+/* The lanes' 16 elements each, a scale for 8 lanes. */
+EPX__DEVICE uint4 quantise16(uint4 a, uint4 b, int round_scale, float *scale)
+{
+    float f[16], amax = 0.0f;
+    unpack8(a, f);
+    unpack8(b, f + 8);
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+        amax = epx__fp8_amax(amax, f[i]);
+    for (int d = 1; d < 8; d *= 2)
+        amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, d));
+    *scale = epx__fp8_scale(amax, round_scale);
+    float inverse = epx__fp8_inverse(*scale);
+    return make_uint4(e4m3x4(f, inverse), e4m3x4(f + 4, inverse), e4m3x4(f + 8, inverse), e4m3x4(f + 12, inverse));
+}
+
+/* Which ranks want the token: the first lane of each. */
+EPX__DEVICE uint32_t wanted(const ll_common_t &l, uint32_t token, int *rank)
+{
+    uint32_t lane = threadIdx.x % 32;
+    int64_t id = lane < l.topk ? ll_id(l, (size_t)token * l.topk + lane) : -1;
+    *rank = id < 0 ? -1 : epx__expert_rank(&l.map, id);
+    uint32_t same = __match_any_sync(ALL_LANES, *rank);
+    bool first = *rank >= 0 && (uint32_t)__ffs((int)same) - 1 == lane && !l.masked[*rank];
+    return __ballot_sync(ALL_LANES, first);
+}
+
+/* Warp `w` of the team: its pieces of 512 elements. */
+template <bool fp8>
+EPX__DEVICE void send_pieces(const ll_dispatch_t &p, const ll_head_t &h, uint32_t token, uint32_t w, uint32_t ranks,
+                             int rank)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32;
+    const char *x = p.x + (size_t)token * l.hidden * 2;
+    for (uint32_t at = w * 512; at < l.hidden; at += LL_TEAM_WARPS * 512) {
+        uint32_t e = at + lane * (fp8 ? 16 : 8), f = fp8 ? e + 8 : e + 256;
+        uint4 zero = make_uint4(0, 0, 0, 0);
+        uint4 a = e < l.hidden ? ld_global_16(x + (size_t)e * 2) : zero;
+        uint4 b = f < l.hidden ? ld_global_16(x + (size_t)f * 2) : zero;
+        float scale = 0.0f;
+        if (fp8)
+            a = quantise16(a, b, p.round_scale || p.ue8m0, &scale);
+        for (uint32_t m = ranks; m; m &= m - 1) {
+            int r = __shfl_sync(ALL_LANES, rank, __ffs((int)m) - 1);
+            char *row = l.c.peers[r] + epx__ll_row_at(&l.c.layout.ll, h.slot, (uint32_t)l.c.rank, token);
+            if (fp8) {
+                if (e < l.hidden)
+                    st_global_16(row + e, a);
+                if (e < l.hidden && lane % 8 == 0)
+                    *(volatile float *)(row + l.hidden + e / 128 * 4) = scale;
+            } else {
+                if (e < l.hidden)
+                    st_global_16(row + (size_t)e * 2, a);
+                if (f < l.hidden)
+                    st_global_16(row + (size_t)f * 2, b);
+            }
+        }
+    }
+}
+
+template <bool fp8>
+static __device__ void send_rows(const ll_dispatch_t &p, ll_head_t &h)
+{
+    const ll_common_t &l = p.l;
+    const uint32_t teams = LL_THREADS / 32 / LL_TEAM_WARPS;
+    uint32_t team = threadIdx.x / 32 / LL_TEAM_WARPS, w = threadIdx.x / 32 % LL_TEAM_WARPS, lane = threadIdx.x % 32;
+    for (uint32_t t = (blockIdx.x - p.send_first) * teams + team; t < l.tokens; t += p.send_blocks * teams) {
+        int rank;
+        uint32_t ranks = wanted(l, t, &rank);
+        int credit = ranks >> lane & 1 ? credit_of(l, h, rank) : LL_ABSENT;
+        ranks = __ballot_sync(ALL_LANES, credit == LL_CAME);
+        if (__any_sync(ALL_LANES, credit == LL_STOP))
+            h.stop = 1;
+        else
+            send_pieces<fp8>(p, h, t, w, ranks, rank);
+        team_sync(team);
+        if (w == 0 && (ranks >> lane & 1) && *(volatile uint32_t *)&h.stop == 0)
+            st_release_sys_u64(
+                (uint64_t *)(l.c.peers[rank] + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, (uint32_t)l.c.rank, t)),
+                h.n);
+    }
+    __syncthreads();
+}
+
+/* ---- positions ---- */
+
+/* Where ids, bitmaps and counts lie: in shared memory, or, for large shapes, in global memory. */
+typedef struct ll_index {
+    uint16_t *ids;    /* [ranks * tokens_max][topk] local experts */
+    uint32_t *bits;   /* [parts][words] which (source, token) */
+    uint32_t *before; /* [parts][words] set bits of earlier words */
+} ll_index_t;
+
+EPX__DEVICE ll_index_t index_at(const ll_dispatch_t &p, char *memory)
+{
+    uint64_t pairs = (uint64_t)p.l.c.ranks * p.l.c.layout.ll.tokens_max * p.l.topk;
+    ll_index_t x;
+    x.ids = (uint16_t *)memory;
+    x.bits = (uint32_t *)(memory + (pairs * 2 + 15) / 16 * 16);
+    x.before = x.bits + (size_t)p.parts * p.words;
+    return x;
+}
+EPX__DEVICE uint32_t place_of(const ll_dispatch_t &p, const ll_index_t &x, uint32_t part, uint32_t u)
+{
+    size_t w = (size_t)part * p.words + u / 32;
+    return x.before[w] + (uint32_t)__popc(x.bits[w] & ((1u << u % 32) - 1));
+}
+
+/* The whole block: all ids of `source`. False: they did not come, and it was given up. */
+EPX__DEVICE int read_ids(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x, int source)
+{
+    const ll_common_t &l = p.l;
+    uint32_t pairs = l.c.layout.ll.tokens_max * l.topk, base = (uint32_t)source * pairs;
+    const uint64_t *words = ll_ids(l, l.c.window, h.slot, source);
+    int came = LL_CAME;
+    for (uint32_t i = threadIdx.x; i < pairs; i += LL_THREADS) {
+        uint64_t word = ld_relaxed_sys_u64(&words[i]);
+        if (came == LL_CAME && !ll_is<true>(word, h.n)) {
+            came = ll_wait_slow<true>(l, h.n, &words[i], h.n, source, HT_STAGE_ARRIVAL, NULL, &l.r.decided[source]);
+            word = ld_relaxed_sys_u64(&words[i]);
+        }
+        int32_t id = came == LL_CAME ? (int32_t)(uint32_t)word : -1;
+        bool here = id >= 0 && epx__expert_rank(&l.map, id) == l.c.rank;
+        x.ids[base + i] = here ? (uint16_t)epx__expert_local(&l.map, id) : (uint16_t)LL_NONE;
+    }
+    return came;
+}
+
+/* Who was heard is the same for all blocks of the call, also when one of them lost patience. */
+static __device__ void agree_on_heard(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x, int source, int came)
+{
+    const ll_common_t &l = p.l;
+    uint32_t pairs = l.c.layout.ll.tokens_max * l.topk, base = (uint32_t)source * pairs;
+    int all = __syncthreads_and(came == LL_CAME);
+    if (threadIdx.x == 0) {
+        uint32_t *word = &l.r.decided[source], mine = ll_decision(h.n, all ? 1 : 2), seen = *(volatile uint32_t *)word;
+        while (seen >> 2 != mine >> 2) { /* of an older call */
+            uint32_t before = atomicCAS(word, seen, mine);
+            seen = before == seen ? mine : before;
+        }
+        h.again = seen & 3;
+        if (h.again == 2)
+            ll_give_up(l, h.n, source);
+    }
+    __syncthreads();
+    uint32_t decided = h.again;
+    __syncthreads();
+    if (decided == 1 && !all)
+        (void)read_ids(p, h, x, source); /* they are there: another block has seen them all */
+    for (uint32_t i = threadIdx.x; decided == 2 && i < pairs; i += LL_THREADS)
+        x.ids[base + i] = (uint16_t)LL_NONE;
+}
+
+static __device__ void mark_bits(const ll_dispatch_t &p, const ll_index_t &x)
+{
+    const ll_common_t &l = p.l;
+    uint32_t all = (uint32_t)l.c.ranks * l.c.layout.ll.tokens_max * l.topk;
+    for (uint32_t i = threadIdx.x; i < all; i += LL_THREADS) {
+        uint32_t e = x.ids[i], u = i / l.topk;
+        if (e != LL_NONE)
+            atomicOr(&x.bits[(size_t)(l.ranked ? 0 : e) * p.words + u / 32], 1u << u % 32);
+    }
+}
+
+static __device__ void count_before(const ll_dispatch_t &p, const ll_index_t &x)
+{
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t part = threadIdx.x / 32; part < p.parts; part += LL_THREADS / 32) {
+        uint32_t sum = 0;
+        for (uint32_t first = 0; first < p.words; first += 32) {
+            size_t w = (size_t)part * p.words + first + lane;
+            uint32_t n = first + lane < p.words ? (uint32_t)__popc(x.bits[w]) : 0, up = n;
+            for (int d = 1; d < 32; d *= 2) {
+                uint32_t other = __shfl_up_sync(ALL_LANES, up, d);
+                up += lane >= (uint32_t)d ? other : 0;
+            }
+            if (first + lane < p.words)
+                x.before[w] = sum + up - n;
+            sum += __shfl_sync(ALL_LANES, up, 31);
+        }
+    }
+}
+
+/* The whole block. False: stop. `wait_ns`: add the time waited for each source. */
+static __device__ bool make_index(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x, int64_t *wait_ns)
+{
+    const ll_common_t &l = p.l;
+    uint32_t pairs = l.c.layout.ll.tokens_max * l.topk;
+    bool stop = false;
+    for (uint32_t i = threadIdx.x; i < p.parts * p.words; i += LL_THREADS)
+        x.bits[i] = 0;
+    for (int k = 0; k < l.c.ranks; k++) {
+        int source = (l.c.rank + k) % l.c.ranks;
+        if (l.masked[source] &&
+            !(l.mask_on_timeout && *(volatile uint32_t *)&l.r.decided[source] == ll_decision(h.n, 1))) {
+            for (uint32_t i = threadIdx.x; i < pairs; i += LL_THREADS)
+                x.ids[(uint32_t)source * pairs + i] = (uint16_t)LL_NONE;
+            continue;
+        }
+        int came = read_ids(p, h, x, source);
+        stop = stop || came == LL_STOP;
+        if (l.mask_on_timeout)
+            agree_on_heard(p, h, x, source, came);
+        if (wait_ns && threadIdx.x == 0)
+            wait_ns[source] += (int64_t)(globaltimer_ns() - h.start);
+    }
+    if (__syncthreads_or(stop))
+        return false;
+    mark_bits(p, x);
+    __syncthreads();
+    count_before(p, x);
+    __syncthreads();
+    return true;
+}
+
+/* ---- book ---- */
+
+EPX__DEVICE uint32_t rows_before(const ll_dispatch_t &p, const ll_index_t &x, uint32_t part, uint32_t u, uint32_t all)
+{
+    return u < all ? place_of(p, x, part, u)
+                   : place_of(p, x, part, all - 1) +
+                         (x.bits[(size_t)part * p.words + (all - 1) / 32] >> (all - 1) % 32 & 1);
+}
+
+static __device__ void book_counts(const ll_dispatch_t &p, const ll_index_t &x)
+{
+    const ll_common_t &l = p.l;
+    uint32_t ranks = (uint32_t)l.c.ranks, places = l.c.layout.ll.tokens_max, all = ranks * places;
+    for (uint32_t i = threadIdx.x; i < p.parts * ranks; i += LL_THREADS) {
+        uint32_t part = i / ranks, r = i % ranks, begin = rows_before(p, x, part, r * places, all);
+        uint32_t end = rows_before(p, x, part, (r + 1) * places, all);
+        if (p.layout_range)
+            p.layout_range[i] = (int64_t)((uint64_t)begin << 32 | (end - begin));
+        if (l.ranked)
+            p.recv_count[r] = (int32_t)(end - begin);
+        else if (r == ranks - 1) {
+            p.recv_count[part] = (int32_t)end;
+            if (p.expert_stats)
+                p.expert_stats[part] += (int32_t)end;
+        }
+    }
+    for (uint32_t i = threadIdx.x; l.ranked && p.expert_stats && i < all * l.topk; i += LL_THREADS) {
+        uint32_t e = x.ids[i];
+        bool first = e != LL_NONE;
+        for (uint32_t j = i / l.topk * l.topk; first && j < i; j++)
+            first = x.ids[j] != e;
+        if (first)
+            atomicAdd(&p.expert_stats[e], 1);
+    }
+}
+
+/* How many of the token's ranks are below this one. */
+EPX__DEVICE int32_t place_among_ranks(const ll_common_t &l, const ll_head_t &h, uint32_t source, uint32_t token)
+{
+    const uint64_t *ids = ll_ids(l, l.c.window, h.slot, (int)source) + (size_t)token * l.topk;
+    int32_t place = 0;
+    for (uint32_t k = 0; k < l.topk; k++) {
+        int32_t id = (int32_t)(uint32_t)ld_relaxed_sys_u64(&ids[k]),
+                r = id < 0 ? l.c.rank : epx__expert_rank(&l.map, id);
+        bool counts = r < l.c.rank;
+        for (uint32_t j = 0; counts && j < k; j++) {
+            int32_t other = (int32_t)(uint32_t)ld_relaxed_sys_u64(&ids[j]);
+            counts = other < 0 || epx__expert_rank(&l.map, other) != r;
+        }
+        place += counts;
+    }
+    return place;
+}
+
+/* Exclusive sum over the block, *total the whole. */
+EPX__DEVICE uint32_t scan_block(uint32_t n, uint32_t *sums, uint32_t *total)
+{
+    uint32_t lane = threadIdx.x % 32, w = threadIdx.x / 32, up = n;
+    for (int d = 1; d < 32; d *= 2) {
+        uint32_t other = __shfl_up_sync(ALL_LANES, up, d);
+        up += lane >= (uint32_t)d ? other : 0;
+    }
+    if (lane == 31)
+        sums[w] = up;
+    __syncthreads();
+    uint32_t before = 0, all = 0;
+    for (uint32_t i = 0; i < LL_THREADS / 32; i++) {
+        before += i < w ? sums[i] : 0;
+        all += sums[i];
+    }
+    __syncthreads();
+    *total = all;
+    return before + up - n;
+}
+
+/* What combine returns, in token order, so that every owner's first tokens are complete first. */
+static __device__ void book_lists(const ll_dispatch_t &p, const ll_head_t &h, const ll_index_t &x)
+{
+    __shared__ uint32_t sums[LL_THREADS / 32];
+    const ll_common_t &l = p.l;
+    uint32_t ranks = (uint32_t)l.c.ranks, places = l.c.layout.ll.tokens_max, all = ranks * places;
+    uint32_t outputs = 0, pairs = 0;
+    for (uint32_t first = 0; first < all; first += LL_THREADS) {
+        uint32_t q = first + threadIdx.x, t = q / ranks, source = (q + t) % ranks, u = source * places + t, n = 0,
+                 total;
+        for (uint32_t k = 0; q < all && k < l.topk; k++)
+            n += x.ids[u * l.topk + k] != LL_NONE;
+        uint32_t at = outputs + scan_block(source == (uint32_t)l.c.rank ? 0 : n, sums, &total);
+        outputs += total;
+        for (uint32_t k = 0; n && source != (uint32_t)l.c.rank && k < l.topk; k++) {
+            uint32_t e = x.ids[u * l.topk + k];
+            if (e != LL_NONE)
+                l.r.list[at++] = ll_back_t{(int32_t)(l.ranked ? 0 : e * all + place_of(p, x, e, u)), (int32_t)source,
+                                           (int32_t)t, (int32_t)k};
+        }
+        at = pairs + scan_block(n != 0, sums, &total);
+        pairs += total;
+        if (n)
+            l.r.rank_list[at] = ll_back_t{(int32_t)u, (int32_t)source, (int32_t)t, place_among_ranks(l, h, source, t)};
+    }
+    if (threadIdx.x == 0) {
+        l.r.list_count[0] = outputs;
+        l.r.list_count[1] = pairs;
+    }
+}
+
+static __device__ bool book(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x)
+{
+    const ll_common_t &l = p.l;
+    uint32_t places = l.c.layout.ll.tokens_max, all = (uint32_t)l.c.ranks * places;
+    bool stop = false;
+    book_counts(p, x);
+    book_lists(p, h, x);
+    for (uint32_t i = threadIdx.x; i < all * l.topk; i += LL_THREADS) {
+        uint32_t e = x.ids[i], u = i / l.topk, source = u / places, k = i - source * places * l.topk;
+        l.r.pos[i] = e == LL_NONE ? -1 : (int32_t)(l.ranked ? place_of(p, x, 0, u) : e * all + place_of(p, x, e, u));
+        if (!p.topk_weights || e == LL_NONE)
+            continue;
+        const uint64_t *word = &ll_weights(l, l.c.window, h.slot, (int)source)[k];
+        uint64_t seen = ld_relaxed_sys_u64(word);
+        if (!ll_is<true>(seen, h.n)) {
+            stop = stop || ll_wait_slow<true>(l, h.n, word, h.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL) == LL_STOP;
+            seen = ld_relaxed_sys_u64(word);
+        }
+        l.r.weights[i] = __uint_as_float((uint32_t)seen);
+    }
+    for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS) {
+        if (l.masked[r])
+            continue;
+        const uint64_t *word = ll_block(l, l.c.window, h.slot, r);
+        uint64_t want = ll_stamped(p.stamp_shape, h.n), seen = ld_relaxed_sys_u64(word);
+        if (!ll_is<true>(seen, h.n)) {
+            stop = stop || ll_wait_slow<true>(l, h.n, word, h.n, r, HT_STAGE_SHAPE, NULL, NULL) == LL_STOP;
+            seen = ld_relaxed_sys_u64(word);
+        }
+        if (ll_is<true>(seen, h.n) && seen != want) {
+            ht_fault_t f = {EPX_E_MISMATCH, HT_STAGE_SHAPE, r, want, seen, 0};
+            ht_fail(l.c, h.n, f);
+        }
+    }
+    if (__syncthreads_or(stop))
+        return false;
+    if (threadIdx.x == 0) /* for the buffer's next kernel */
+        l.taken[h.slot] = h.n;
+    return true;
+}
+
+/* ---- spread ---- */
+
+EPX__DEVICE void put_scales(const ll_dispatch_t &p, const char *wire, uint32_t at, size_t part, size_t row)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, all = (uint32_t)l.c.ranks * l.c.layout.ll.tokens_max;
+    const uint32_t *scales = (const uint32_t *)(wire + l.hidden);
+    if (!p.ue8m0) {
+        uint32_t b = at / 128 + lane, blocks = l.hidden / 128;
+        if (lane < LL_PIECE / 128 && b < blocks)
+            p.recv_scales[(part * blocks + b) * all + row] = ld_relaxed_sys_u32(&scales[b]);
+        return;
+    }
+    uint32_t b = at / 512 + lane, blocks = l.hidden / 512;
+    if (lane < LL_PIECE / 512 && b < blocks) {
+        uint8_t four[4];
+        for (int i = 0; i < 4; i++)
+            four[i] = epx__ue8m0_of_f32_up(__uint_as_float(ld_relaxed_sys_u32(&scales[b * 4 + i])));
+        p.recv_scales[(part * blocks + b) * all + row] = (uint32_t)epx__ue8m0_pack(four);
+    }
+}
+
+/* One lane a choice: what goes with a row of rank-major order. */
+EPX__DEVICE void put_choices(const ll_dispatch_t &p, const ll_head_t &h, uint32_t source, uint32_t t, uint32_t e,
+                             size_t row)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32;
+    if (lane >= l.topk)
+        return;
+    if (p.recv_topk_idx)
+        p.recv_topk_idx[row * l.topk + lane] = e == LL_NONE ? -1 : (int32_t)e;
+    if (!p.recv_topk_weights)
+        return;
+    uint64_t seen = 0;
+    if (e != LL_NONE) {
+        const uint64_t *word = &ll_weights(l, l.c.window, h.slot, (int)source)[t * l.topk + lane];
+        seen = ld_relaxed_sys_u64(word);
+        if (!ll_is<true>(seen, h.n)) {
+            (void)ll_wait_slow<true>(l, h.n, word, h.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL);
+            seen = ld_relaxed_sys_u64(word);
+        }
+    }
+    p.recv_topk_weights[row * l.topk + lane] = __uint_as_float((uint32_t)seen);
+}
+
+/* One warp: one piece of one row, to all its places. */
+template <bool fp8>
+EPX__DEVICE bool spread_piece(const ll_dispatch_t &p, const ll_head_t &h, const ll_index_t &x, uint32_t source,
+                              uint32_t t, uint32_t piece)
+{
+    const ll_common_t &l = p.l;
+    const uint32_t vectors = LL_PIECE / (fp8 ? 512 : 256), element = fp8 ? 1 : 2;
+    uint32_t lane = threadIdx.x % 32, places = l.c.layout.ll.tokens_max, all = (uint32_t)l.c.ranks * places;
+    uint32_t u = source * places + t, at = piece * LL_PIECE, bytes = l.hidden * element;
+    uint32_t e = lane < l.topk ? x.ids[u * l.topk + lane] : LL_NONE;
+    uint32_t same = __match_any_sync(ALL_LANES, e);
+    uint32_t choices = __ballot_sync(ALL_LANES, e != LL_NONE && (uint32_t)__ffs((int)same) - 1 == lane);
+    if (choices == 0)
+        return true;
+    uint32_t row = e == LL_NONE ? 0 : place_of(p, x, l.ranked ? 0 : e, u);
+    const uint64_t *flag = (const uint64_t *)(l.c.window + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, source, t));
+    int came = lane ? LL_CAME : ll_wait_flag(l, h.n, flag, (int)source, HT_STAGE_ARRIVAL, NULL, NULL);
+    came = __shfl_sync(ALL_LANES, came, 0);
+    if (came == LL_STOP)
+        return false;
+    const char *wire = l.c.window + epx__ll_row_at(&l.c.layout.ll, h.slot, source, t);
+    uint4 v[vectors];
+#pragma unroll
+    for (uint32_t j = 0; j < vectors; j++) {
+        uint32_t b = at * element + j * 512 + lane * 16;
+        v[j] = b < bytes && came == LL_CAME ? ld_global_16(wire + b) : make_uint4(0, 0, 0, 0);
+    }
+    if (l.ranked)
+        choices &= 0u - choices; /* once */
+    for (uint32_t m = choices; m; m &= m - 1) {
+        int k = __ffs((int)m) - 1;
+        size_t to = __shfl_sync(ALL_LANES, row, k), part = l.ranked ? 0 : __shfl_sync(ALL_LANES, e, k);
+        char *out = p.recv_x + (part * all + to) * bytes + (size_t)at * element;
+#pragma unroll
+        for (uint32_t j = 0; j < vectors; j++) {
+            uint32_t b = j * 512 + lane * 16;
+            if (at * element + b < bytes)
+                st_global_16(out + b, v[j]);
+        }
+        if (fp8)
+            put_scales(p, wire, at, part, to);
+        if (piece == 0 && lane == 0)
+            p.src_info[part * all + to] = (int32_t)t;
+        if (piece == 0 && l.ranked)
+            put_choices(p, h, source, t, e, to);
+    }
+    return true;
+}
+
+template <bool fp8>
+static __device__ void spread(const ll_dispatch_t &p, const ll_head_t &h, const ll_index_t &x)
+{
+    const ll_common_t &l = p.l;
+    uint32_t pieces = (l.hidden + LL_PIECE - 1) / LL_PIECE, places = l.c.layout.ll.tokens_max;
+    uint32_t all = (uint32_t)l.c.ranks * places, first = blockIdx.x - p.recv_first;
+    uint32_t rows = first < all ? (all - first + p.recv_blocks - 1) / p.recv_blocks : 0;
+    for (uint32_t unit = threadIdx.x / 32; unit < rows * pieces; unit += LL_THREADS / 32) {
+        uint32_t q = first + unit / pieces * p.recv_blocks; /* own tokens first, then the next rank's */
+        uint32_t source = ((uint32_t)l.c.rank + q / places) % (uint32_t)l.c.ranks;
+        if (!spread_piece<fp8>(p, h, x, source, q % places, unit % pieces))
+            return;
+    }
+}
+
+/* ---- the kernel ---- */
+
+/* A dispatch takes its number when it sends; its other kernel finds it in the record. */
+EPX__DEVICE void enter(const ll_dispatch_t &p, ll_head_t &h)
+{
+    if (threadIdx.x == 0) {
+        const ll_common_t &l = p.l;
+        h.stop = ht_stopped(l.c, 0, false);
+        h.start = globaltimer_ns();
+        if (!p.send) {
+            h.n = *(volatile uint64_t *)l.r.number;
+        } else {
+            h.n = ld_relaxed_sys_u64(&l.state->number) + 1;
+            if (add_acq_rel_gpu_u32(&l.state->arrived, 1) == gridDim.x - 1) { /* all have read it */
+                l.state->arrived = 0;
+                *(volatile uint64_t *)l.r.number = h.n;
+                st_relaxed_sys_u64(&l.state->number, h.n);
+            }
+        }
+        h.slot = h.n % l.slots;
+    }
+    __syncthreads();
+}
+
+template <bool fp8, bool large>
+__global__ void __launch_bounds__(LL_THREADS, 1) ll_dispatch_kernel(const __grid_constant__ ll_dispatch_t p)
+{
+    extern __shared__ __align__(16) char memory[];
+    __shared__ ll_head_t h;
+    enter(p, h);
+    if (h.stop)
+        return;
+    uint32_t b = blockIdx.x;
+    if (b == p.ids_block)
+        send_ids(p, h);
+    if (p.send && b - p.send_first < p.send_blocks)
+        send_rows<fp8>(p, h);
+    bool books = b == p.book_block, spreads = p.recv && b - p.recv_first < p.recv_blocks;
+    if (h.stop || !(books || spreads))
+        return;
+    if (books && !p.send && threadIdx.x < 32)
+        ll_tell_finished(p.l);
+    ll_index_t x = index_at(p, large ? p.index : memory);
+    if (!p.indexed && !make_index(p, h, x, books ? p.l.wait_ns : NULL))
+        return;
+    if (books && !book(p, h, x))
+        return;
+    if (spreads)
+        spread<fp8>(p, h, x);
+}
+
+typedef void (*ll_kernel_t)(ll_dispatch_t);
+
+static ll_kernel_t kernel_of(bool fp8, bool large)
+{
+    if (fp8)
+        return large ? ll_dispatch_kernel<true, true> : ll_dispatch_kernel<true, false>;
+    return large ? ll_dispatch_kernel<false, true> : ll_dispatch_kernel<false, false>;
+}
+
+extern "C" int epx__ll_launch_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes, void *stream)
+{
+    kernel_of(p->fp8, p->index != NULL)<<<blocks, LL_THREADS, shared_bytes, (cudaStream_t)stream>>>(*p);
+    return (int)cudaGetLastError();
+}
+
+extern "C" int epx__ll_load_dispatch(void)
+{
+    for (int i = 0; i < 4; i++) {
+        cudaError_t error = cudaFuncSetAttribute((const void *)kernel_of(i & 1, i & 2),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, LL_SHARED_MOST);
+        if (error != cudaSuccess)
+            return (int)error;
+    }
+    return 0;
+}

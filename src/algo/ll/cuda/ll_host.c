@@ -1,0 +1,455 @@
+/*
+ * Low latency on GPUs, the host's side: memory, masks, one launch (large shapes: up to three) for each call or half.
+ * Everything is allocated and every kernel loaded when the buffer is made.
+ */
+#include <string.h>
+
+#include "algo/ht/cuda/host.h"
+#include "algo/ll/cuda/ll_cuda.h"
+#include "algo/ll/ll.h"
+#include "base/alloc.h"
+#include "base/clock.h"
+#include "base/fail.h"
+
+extern const epx__ll_ops_t epx__ll_cuda;
+
+#define NO_BLOCK 0xffffffffu
+
+typedef struct ll_cuda {
+    epx__exchange_t *exchange;
+    ht_cuda_t *ht;
+    char *slab;                /* device memory, one allocation */
+    uint32_t *gave_up;         /* pinned host memory, [ranks] */
+    uint8_t *masked_by_caller; /* [ranks] */
+    ll_state_t *state;
+    uint32_t *masked;
+    uint64_t *taken, *combined, *owed;
+    ll_record_t *records; /* [slots] */
+    char **zero_copy;     /* [slots] */
+    char *index;          /* for shapes that do not fit into shared memory; NULL: all fit */
+    cudaEvent_t order;
+    cudaStream_t order_stream;
+    bool ordered;
+} ll_cuda_t;
+
+/* ---- memory ---- */
+
+typedef struct cutter {
+    char *base;
+    size_t at;
+} cutter_t;
+
+static void *cut(cutter_t *c, size_t count, size_t bytes)
+{
+    c->at = (c->at + 255) / 256 * 256;
+    void *piece = c->base ? c->base + c->at : NULL;
+    c->at += count * bytes;
+    return piece;
+}
+
+/* The most experts that a call can find on this rank. */
+static size_t experts_here(const epx__exchange_t *x)
+{
+    size_t ranks = (size_t)x->topology->ranks, experts = x->config.experts_max;
+    return x->config.expert_rank ? experts : (experts + ranks - 1) / ranks;
+}
+
+static void cut_device(ll_cuda_t *ll, cutter_t *c)
+{
+    const epx__exchange_t *x = ll->exchange;
+    const epx__ll_layout_t *l = &x->layout.ll;
+    size_t ranks = l->ranks, rows = ranks * l->tokens_max, pairs = rows * l->topk_max;
+    ll->state = cut(c, 1, sizeof *ll->state);
+    ll->masked = cut(c, ranks, 4);
+    ll->taken = cut(c, l->slots, 8);
+    ll->combined = cut(c, l->slots, 8);
+    ll->owed = cut(c, l->slots * ranks, 8);
+    for (uint32_t i = 0; i < l->slots; i++) {
+        ll_record_t *r = &ll->records[i];
+        r->number = cut(c, 1, 8);
+        r->pos = cut(c, pairs, 4);
+        r->weights = cut(c, pairs, 4);
+        r->list = cut(c, pairs, sizeof(ll_back_t));
+        r->rank_list = cut(c, rows, sizeof(ll_back_t));
+        r->list_count = cut(c, 2, 4);
+        r->decided = cut(c, ranks, 4);
+        r->asked = cut(c, ranks, 4);
+        r->gone = cut(c, ranks, 4);
+        if (x->config.ll_zero_copy)
+            ll->zero_copy[i] = cut(c, experts_here(x) * rows, (size_t)l->hidden_max * 2);
+    }
+    uint64_t index = ll_index_bytes(pairs, experts_here(x), (rows + 31) / 32);
+    ll->index = index > LL_SHARED_MOST ? cut(c, index, 1) : NULL;
+}
+
+static epx_status_t allocate(ll_cuda_t *ll)
+{
+    const epx__ll_layout_t *l = &ll->exchange->layout.ll;
+    cutter_t measure = {0};
+    ll->records = epx__calloc(l->slots, sizeof *ll->records);
+    ll->zero_copy = epx__calloc(l->slots, sizeof *ll->zero_copy);
+    ll->masked_by_caller = epx__calloc(l->ranks, 1);
+    if (!ll->records || !ll->zero_copy || !ll->masked_by_caller)
+        return epx__fail(EPX_E_NOMEM, "no memory for %u low-latency slots", l->slots);
+    cut_device(ll, &measure);
+    measure.at += 256;
+    cudaError_t error = cudaMalloc((void **)&ll->slab, measure.at);
+    if (error != cudaSuccess)
+        return epx__fail(EPX_E_NOMEM, "GPU memory for %u low-latency slots of %u tokens (%zu bytes): %s", l->slots,
+                         l->tokens_max, measure.at, cudaGetErrorString(error));
+    error = cudaHostAlloc((void **)&ll->gave_up, l->ranks * 4ull, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (error != cudaSuccess)
+        return epx__fail(EPX_E_NOMEM, "pinned host memory for low latency: %s", cudaGetErrorString(error));
+    memset(ll->gave_up, 0, l->ranks * 4ull);
+    cutter_t device = {.base = ll->slab};
+    cut_device(ll, &device);
+    error = cudaMemsetAsync(ll->slab, 0, measure.at, ll->ht->device->stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(ll->ht->device->stream);
+    if (error == cudaSuccess)
+        error = cudaEventCreateWithFlags(&ll->order, cudaEventDisableTiming);
+    if (error == cudaSuccess)
+        error = (cudaError_t)epx__ll_load_dispatch();
+    if (error == cudaSuccess)
+        error = (cudaError_t)epx__ll_load_combine();
+    return error == cudaSuccess ? EPX_OK : epx__cuda_fail(error, "making low latency");
+}
+
+static void release(ll_cuda_t *ll)
+{
+    if (ll->order)
+        (void)cudaEventDestroy(ll->order);
+    (void)cudaFree(ll->slab);
+    (void)cudaFreeHost(ll->gave_up);
+    epx__free(ll->records);
+    epx__free(ll->zero_copy);
+    epx__free(ll->masked_by_caller);
+    epx__free(ll);
+}
+
+static epx_status_t create(epx__exchange_t *exchange)
+{
+    int before;
+    if (exchange->topology->domains > 1)
+        return epx__fail(EPX_E_UNSUPPORTED,
+                         "low latency between domains is not there yet; all %d ranks must share one domain",
+                         exchange->topology->ranks);
+    if (experts_here(exchange) >= LL_NONE)
+        return epx__fail(EPX_E_INVALID, "low latency on GPUs: at most %u experts on a rank", LL_NONE - 1);
+    ll_cuda_t *ll = epx__calloc(1, sizeof *ll);
+    if (!ll)
+        return epx__fail(EPX_E_NOMEM, "no memory for low latency");
+    ll->exchange = exchange;
+    ll->ht = exchange->impl;
+    epx_status_t status = epx__cuda_enter(ll->ht->ordinal, &before);
+    if (status == EPX_OK) {
+        status = allocate(ll);
+        if (status != EPX_OK)
+            release(ll);
+        epx__cuda_leave(exchange->device->ordinal, before);
+    }
+    if (status == EPX_OK)
+        exchange->ll = ll;
+    return status;
+}
+
+/* Local and bounded: a kernel that still runs has a deadline, and the abort word ends its waits. */
+static void destroy(epx__exchange_t *exchange)
+{
+    ll_cuda_t *ll = exchange->ll;
+    int before;
+    if (!ll || epx__cuda_enter(ll->ht->ordinal, &before) != EPX_OK)
+        return;
+    epx__deadline_t deadline = epx__deadline_ms(2 * exchange->config.timeout_ms + 1000);
+    while (ll->ordered && cudaEventQuery(ll->order) == cudaErrorNotReady && !epx__deadline_passed(&deadline))
+        epx__sleep_ns(50000);
+    __atomic_store_n(&ll->ht->host->abort, 1, __ATOMIC_RELEASE);
+    release(ll);
+    (void)cudaGetLastError();
+    epx__cuda_leave(exchange->device->ordinal, before);
+    exchange->ll = NULL;
+}
+
+/* ---- launching ---- */
+
+typedef struct scope {
+    ll_cuda_t *ll;
+    cudaStream_t stream;
+    int before;
+    bool captured;
+} scope_t;
+
+/* Calls of a buffer run one after another, also when the caller changes streams. */
+static epx_status_t scope_open(epx__exchange_t *exchange, epx_stream_t stream, scope_t *s)
+{
+    ll_cuda_t *ll = exchange->ll;
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    *s = (scope_t){.ll = ll, .stream = (cudaStream_t)stream};
+    EPX__TRY(epx__cuda_enter(ll->ht->ordinal, &s->before));
+    cudaError_t error = cudaStreamIsCapturing(s->stream, &capture);
+    s->captured = error == cudaSuccess && capture != cudaStreamCaptureStatusNone;
+    if (error == cudaSuccess && !s->captured && ll->ordered && ll->order_stream != s->stream)
+        error = cudaStreamWaitEvent(s->stream, ll->order, 0);
+    if (error == cudaSuccess)
+        return EPX_OK;
+    epx__cuda_leave(ll->ht->ordinal, s->before);
+    return epx__cuda_fail(error, "ordering the call after the one before");
+}
+
+static epx_status_t scope_close(scope_t *s, int error, const char *what)
+{
+    ll_cuda_t *ll = s->ll;
+    if (error == 0 && !s->captured) {
+        error = (int)cudaEventRecord(ll->order, s->stream);
+        ll->order_stream = s->stream;
+        ll->ordered = true;
+    }
+    epx__cuda_leave(ll->ht->ordinal, s->before);
+    return error == 0 ? EPX_OK : epx__cuda_fail((cudaError_t)error, what);
+}
+
+static uint32_t blocks_of(const ll_cuda_t *ll, int asked)
+{
+    int sms = asked > 0 ? asked : ll->exchange->config.sms, most = ll->ht->sms;
+    if (most < ll->ht->device->sms) /* ranks share the GPU: our blocks fill an SM, and others' work must find one */
+        most -= most / 8 + 1;
+    uint32_t blocks = (uint32_t)(sms > 0 && sms < most ? sms : most);
+    return blocks ? blocks : 1;
+}
+
+static ll_common_t common(const ll_cuda_t *ll, const epx__ll_call_t *call, uint32_t kind, uint64_t timeout_ms)
+{
+    const epx__exchange_t *x = ll->exchange;
+    const epx_ll_dispatch_t *d = &call->dispatch;
+    ll_common_t l = {.c = {.rank = x->rank,
+                           .ranks = x->topology->ranks,
+                           .window = x->window.base,
+                           .peers = ll->ht->peers,
+                           .layout = x->layout,
+                           .state = ll->ht->state,
+                           .host = ll->ht->host,
+                           .timeout_ns = (timeout_ms ? timeout_ms : x->config.timeout_ms) * 1000000u,
+                           .kind = kind},
+                     .state = ll->state,
+                     .r = ll->records[call->index],
+                     .masked = ll->masked,
+                     .gave_up = ll->gave_up,
+                     .taken = ll->taken,
+                     .combined = ll->combined,
+                     .owed = ll->owed,
+                     .map = call->map,
+                     .hidden = d->hidden,
+                     .topk = d->topk,
+                     .tokens = d->tokens,
+                     .local_experts = call->local_experts,
+                     .slots = x->layout.ll.slots,
+                     .mask_on_timeout = x->config.ll_mask_on_timeout != 0,
+                     .ranked = d->order == EPX_LL_RANK_MAJOR,
+                     .bits = d->topk_idx_bits,
+                     .topk_idx = d->topk_idx};
+    l.map.rank_of = call->map.rank_of ? ll->ht->rank_of : NULL;
+    l.map.local_of = call->map.rank_of ? ll->ht->local_of : NULL;
+    return l;
+}
+
+/* ---- dispatch ---- */
+
+static uint32_t shape_hash(const epx_ll_dispatch_t *d)
+{
+    uint64_t parts[] = {d->hidden,
+                        d->topk,
+                        d->experts,
+                        (uint64_t)d->format,
+                        d->topk_weights != NULL,
+                        (uint64_t)(d->round_scale || d->ue8m0)};
+    uint64_t hash = 1469598103934665603u;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        hash = (hash ^ parts[i]) * 1099511628211u;
+    return (uint32_t)(hash ^ hash >> 32);
+}
+
+static ll_dispatch_t dispatch_of(const ll_cuda_t *ll, const epx__ll_call_t *call)
+{
+    const epx_ll_dispatch_t *d = &call->dispatch;
+    ll_dispatch_t p = {.l = common(ll, call, LL_KIND_DISPATCH, d->timeout_ms),
+                       .ids_block = NO_BLOCK,
+                       .book_block = NO_BLOCK,
+                       .fp8 = d->format == EPX_LL_FP8,
+                       .round_scale = d->round_scale != 0,
+                       .ue8m0 = d->ue8m0 != 0,
+                       .stamp_shape = shape_hash(d),
+                       .x = d->x,
+                       .topk_weights = d->topk_weights,
+                       .recv_x = d->recv_x,
+                       .recv_scales = d->recv_scales,
+                       .recv_count = d->recv_count,
+                       .src_info = d->src_info,
+                       .recv_topk_idx = d->recv_topk_idx,
+                       .expert_stats = d->expert_stats,
+                       .layout_range = d->layout_range,
+                       .recv_topk_weights = d->recv_topk_weights};
+    p.l.wait_ns = d->wait_ns;
+    p.parts = p.l.ranked ? 1 : call->local_experts;
+    p.words = (p.l.c.layout.ll.ranks * p.l.c.layout.ll.tokens_max + 31) / 32;
+    return p;
+}
+
+static uint32_t index_bytes(const ll_dispatch_t *p)
+{
+    uint64_t pairs = (uint64_t)p->l.c.layout.ll.ranks * p->l.c.layout.ll.tokens_max * p->l.topk;
+    uint64_t bytes = ll_index_bytes(pairs, p->parts, p->words);
+    return bytes > LL_SHARED_MOST ? 0 : (uint32_t)bytes;
+}
+
+static int launch_send(ll_dispatch_t p, uint32_t blocks, cudaStream_t stream)
+{
+    p.send = 1;
+    p.ids_block = 0;
+    p.send_first = blocks > 1;
+    p.send_blocks = blocks - p.send_first;
+    return epx__ll_launch_dispatch(&p, blocks, 0, stream);
+}
+
+static int launch_recv(const ll_cuda_t *ll, ll_dispatch_t p, uint32_t blocks, cudaStream_t stream)
+{
+    uint32_t shared = index_bytes(&p);
+    p.recv = 1;
+    p.book_block = 0;
+    if (shared) {
+        p.recv_first = blocks > 1;
+        p.recv_blocks = blocks - p.recv_first;
+        return epx__ll_launch_dispatch(&p, blocks, shared, stream);
+    }
+    p.index = ll->index;
+    int error = epx__ll_launch_dispatch(&p, 1, 0, stream);
+    p.book_block = NO_BLOCK;
+    p.indexed = 1;
+    p.recv_blocks = blocks;
+    return error ? error : epx__ll_launch_dispatch(&p, blocks, 0, stream);
+}
+
+/* Both halves in one kernel: a block for the ids, one for the books, the others send or spread. */
+static int launch_both(const ll_cuda_t *ll, ll_dispatch_t p, uint32_t blocks, cudaStream_t stream)
+{
+    uint32_t shared = index_bytes(&p);
+    if (!shared || blocks < 4) {
+        int error = launch_send(p, blocks, stream);
+        return error ? error : launch_recv(ll, p, blocks, stream);
+    }
+    uint32_t senders = (blocks - 2) / 2, useful = (p.l.tokens + 1) / 2;
+    senders = senders < useful ? senders : useful;
+    p.send = p.recv = 1;
+    p.ids_block = 0;
+    p.book_block = 1;
+    p.send_first = 2;
+    p.send_blocks = senders;
+    p.recv_first = 2 + senders;
+    p.recv_blocks = blocks - p.recv_first;
+    return epx__ll_launch_dispatch(&p, blocks, shared, stream);
+}
+
+static epx_status_t dispatch_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
+{
+    ll_cuda_t *ll = exchange->ll;
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, launch_send(dispatch_of(ll, call), blocks_of(ll, call->dispatch.sms), s.stream),
+                       "launching ll_dispatch_send");
+}
+
+static epx_status_t dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
+{
+    ll_cuda_t *ll = exchange->ll;
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, launch_recv(ll, dispatch_of(ll, call), blocks_of(ll, call->dispatch.sms), s.stream),
+                       "launching ll_dispatch_recv");
+}
+
+static epx_status_t dispatch(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
+{
+    ll_cuda_t *ll = exchange->ll;
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, launch_both(ll, dispatch_of(ll, call), blocks_of(ll, call->dispatch.sms), s.stream),
+                       "launching ll_dispatch");
+}
+
+/* ---- combine ---- */
+
+static epx_status_t run_combine(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream, uint32_t send,
+                                uint32_t recv)
+{
+    ll_cuda_t *ll = exchange->ll;
+    const epx_ll_combine_t *c = &call->combine;
+    scope_t s;
+    ll_combine_t p = {.l = common(ll, call, LL_KIND_COMBINE, c->timeout_ms),
+                      .send = send,
+                      .recv = recv,
+                      .pre_reduced = c->pre_reduced != 0,
+                      .x = c->x ? c->x : ll->zero_copy[call->index],
+                      .topk_weights = c->topk_weights,
+                      .out = c->out,
+                      .weight_left = c->weight_left};
+    p.by_rank = p.pre_reduced || p.l.ranked;
+    p.l.topk_idx = c->topk_idx;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    return scope_close(&s, epx__ll_launch_combine(&p, blocks_of(ll, c->sms), stream), "launching ll_combine");
+}
+
+static epx_status_t combine_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
+{
+    return run_combine(exchange, call, stream, 1, 0);
+}
+static epx_status_t combine_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
+{
+    return run_combine(exchange, call, stream, 0, 1);
+}
+static epx_status_t combine(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
+{
+    return run_combine(exchange, call, stream, 1, 1);
+}
+
+static epx_status_t combine_buffer(epx__exchange_t *exchange, epx__ll_call_t *call, void **memory)
+{
+    const ll_cuda_t *ll = exchange->ll;
+    *memory = ll->zero_copy[call->index];
+    return EPX_OK;
+}
+
+/* ---- masks ---- */
+
+static epx_status_t mask_set(epx__exchange_t *exchange, int rank, int masked, epx_stream_t stream)
+{
+    ll_cuda_t *ll = exchange->ll;
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    cudaError_t error = cudaMemsetAsync(&ll->masked[rank], masked != 0, 4, s.stream);
+    ll->masked_by_caller[rank] = masked != 0;
+    if (!masked)
+        __atomic_store_n(&ll->gave_up[rank], 0, __ATOMIC_RELAXED);
+    return scope_close(&s, (int)error, "masking a rank");
+}
+
+static epx_status_t mask_get(epx__exchange_t *exchange, int32_t *masked)
+{
+    const ll_cuda_t *ll = exchange->ll;
+    for (int r = 0; r < exchange->topology->ranks; r++)
+        masked[r] = ll->masked_by_caller[r] || __atomic_load_n(&ll->gave_up[r], __ATOMIC_RELAXED);
+    return EPX_OK;
+}
+
+const epx__ll_ops_t epx__ll_cuda = {
+    .name = "cuda",
+    .create = create,
+    .destroy = destroy,
+    .dispatch_send = dispatch_send,
+    .dispatch_recv = dispatch_recv,
+    .combine_send = combine_send,
+    .combine_recv = combine_recv,
+    .dispatch = dispatch,
+    .combine = combine,
+    .combine_buffer = combine_buffer,
+    .mask_set = mask_set,
+    .mask_get = mask_get,
+};

@@ -1,0 +1,122 @@
+/*
+ * What the low-latency kernels do alike: find words, wait with a deadline, tell what earlier kernels finished.
+ */
+#ifndef EPX_ALGO_LL_CUDA_LL_WAIT_CUH
+#define EPX_ALGO_LL_CUDA_LL_WAIT_CUH
+
+#include "algo/ht/cuda/wait.cuh"
+#include "algo/ll/cuda/ll_cuda.h"
+
+enum { LL_STOP = 0, LL_CAME = 1, LL_ABSENT = 2 };
+
+#define ALL_LANES 0xffffffffu
+
+EPX__DEVICE epx__ll_words_t *ll_words(const ll_common_t &l, char *window, uint64_t slot, int from)
+{
+    return (epx__ll_words_t *)(window + epx__ll_words_at(&l.c.layout.ll, slot, (uint32_t)from));
+}
+EPX__DEVICE uint64_t *ll_block(const ll_common_t &l, char *window, uint64_t slot, int source)
+{
+    return (uint64_t *)(window + epx__ll_block_at(&l.c.layout.ll, slot, (uint32_t)source));
+}
+/* In a block: words of ids, then of weights. */
+EPX__DEVICE uint64_t *ll_ids(const ll_common_t &l, char *window, uint64_t slot, int source)
+{
+    return ll_block(l, window, slot, source) + 8;
+}
+EPX__DEVICE uint64_t *ll_weights(const ll_common_t &l, char *window, uint64_t slot, int source)
+{
+    uint32_t pairs = l.c.layout.ll.tokens_max * l.topk;
+    return ll_ids(l, window, slot, source) + (pairs + 1) / 2 * 2;
+}
+EPX__DEVICE uint64_t ll_stamped(uint32_t value, uint64_t n)
+{
+    return (uint64_t)value | n << 32;
+}
+EPX__DEVICE int64_t ll_id(const ll_common_t &l, size_t at)
+{
+    int64_t id = epx__topk_id(l.topk_idx, l.bits, at);
+    return id < 0 || id >= (int64_t)l.map.experts ? -1 : id;
+}
+
+/* That rank is given up in call n: masked from now on; it may still write into the slot. */
+EPX__DEVICE void ll_give_up(const ll_common_t &l, uint64_t n, int peer)
+{
+    *(volatile uint32_t *)&l.masked[peer] = 1;
+    if (*(volatile uint32_t *)&l.r.asked[peer])
+        *(volatile uint64_t *)&l.owed[(n % l.slots) * (uint64_t)l.c.ranks + (uint64_t)peer] = n;
+    *(volatile uint32_t *)&l.gave_up[peer] = 1;
+}
+
+template <bool stamp>
+EPX__DEVICE bool ll_is(uint64_t seen, uint64_t n)
+{
+    return stamp ? (uint32_t)(seen >> 32) == (uint32_t)n : seen >= n;
+}
+
+/* What blocks agreed on in call n: 1 heard, 2 given up. */
+EPX__DEVICE uint32_t ll_decision(uint64_t n, uint32_t what)
+{
+    return (uint32_t)n << 2 | what;
+}
+
+/* `left_out`: a word that says that nothing will come, or NULL. `gone`: somebody else's decision, or NULL. */
+template <bool stamp>
+static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n, const uint64_t *word, uint64_t want,
+                                                int peer, uint32_t stage, const uint64_t *left_out, uint32_t *gone)
+{
+    uint64_t start = globaltimer_ns();
+    for (uint32_t polls = 1;; polls++) {
+        uint64_t seen = stamp ? ld_relaxed_sys_u64(word) : ld_acquire_sys_u64(word);
+        if (ll_is<stamp>(seen, want))
+            return LL_CAME;
+        if ((polls & 7) != 0)
+            continue;
+        if (ht_stopped(l.c, n, (polls & 1023) == 0))
+            return LL_STOP;
+        if (left_out && ld_acquire_sys_u64(left_out) >= n) {
+            if (ll_is<stamp>(ld_acquire_sys_u64(word), want))
+                return LL_CAME;
+            return LL_ABSENT;
+        }
+        if (gone && *(volatile uint32_t *)gone == ll_decision(n, 2))
+            return LL_ABSENT;
+        uint64_t waited = globaltimer_ns() - start;
+        bool masked = l.mask_on_timeout && *(volatile uint32_t *)&l.masked[peer];
+        if (waited <= l.c.timeout_ns && !masked)
+            continue;
+        if (l.mask_on_timeout && stage != HT_STAGE_SHAPE) {
+            if (ll_is<stamp>(ld_acquire_sys_u64(word), want))
+                return LL_CAME;
+            if (!gone) /* else the caller decides with others */
+                ll_give_up(l, n, peer);
+            return LL_ABSENT;
+        }
+        ht_fault_t f = {EPX_E_TIMEOUT, stage, peer, want, seen, waited};
+        ht_fail(l.c, n, f);
+        return LL_STOP;
+    }
+}
+
+EPX__DEVICE int ll_wait_flag(const ll_common_t &l, uint64_t n, const uint64_t *word, int peer, uint32_t stage,
+                             const uint64_t *left_out, uint32_t *gone)
+{
+    return ld_acquire_sys_u64(word) >= n ? LL_CAME : ll_wait_slow<false>(l, n, word, n, peer, stage, left_out, gone);
+}
+
+/* One warp: tell what earlier kernels of this buffer finished. They are over: one fence, then plain words. */
+EPX__DEVICE void ll_tell_finished(const ll_common_t &l)
+{
+    fence_acq_rel_sys();
+    for (uint32_t i = threadIdx.x % 32; i < l.slots * (uint32_t)l.c.ranks; i += 32) {
+        uint32_t slot = i / (uint32_t)l.c.ranks;
+        epx__ll_words_t *to = ll_words(l, l.c.peers[i % (uint32_t)l.c.ranks], slot, l.c.rank);
+        if (l.taken[slot])
+            st_relaxed_sys_u64(&to->taken, l.taken[slot]);
+        if (l.combined[slot])
+            st_relaxed_sys_u64(&to->combined, l.combined[slot]);
+    }
+    __syncwarp();
+}
+
+#endif
