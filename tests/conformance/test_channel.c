@@ -2,8 +2,10 @@
  * Port channels over every network of the build: order, windows, credit, adds, several producers, faults.
  *
  *     test_channel             loop, sim with many seeds, ofi:tcp and ofi:shm where they are
- *     test_channel SPEC        that one
+ *     test_channel SPEC [TIMEOUT_MS [FULL]]
+ *                              that one; FULL 0: two ranks, fewer rows
  */
+#include "common/address.h"
 #include "common/channels.h"
 
 #include <stdio.h>
@@ -16,7 +18,7 @@ static uint64_t timeout_ms = 10000;
 static epx__channels_config_t plain(uint32_t channels, uint32_t window, uint32_t fifo)
 {
     return (epx__channels_config_t){.net = spec,
-                                    .address = "127.0.0.1",
+                                    .address = test_address(),
                                     .channels = channels,
                                     .window = window,
                                     .fifo_slots = fifo,
@@ -363,7 +365,7 @@ static void suite(uint32_t rows, int full)
 
 static int here(const char *name)
 {
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
+    epx__net_config_t config = {.address = test_address(), .peers_max = 1, .puts_max = 16, .notices_max = 16};
     epx__net_t *net = NULL;
     spec = name;
     epx_status_t status = epx__net_open(name, &config, &net);
@@ -380,7 +382,8 @@ int main(int argc, char **argv)
     if (argc > 1) {
         if (!here(argv[1]))
             SKIP("that network is not here");
-        suite(1000, 1);
+        int full = argc > 3 ? atoi(argv[3]) : 1;
+        suite(full ? 1000 : 200, full);
         return check_done();
     }
     if (here("loop"))

@@ -6,6 +6,7 @@
  *
  * Two or three endpoints are driven by one thread, so that sim repeats exactly from its seed.
  */
+#include "common/address.h"
 #include "common/check.h"
 
 #include <stdlib.h>
@@ -39,8 +40,8 @@ static bool world_open(void)
     for (int i = 0; i < ENDS; i++) {
         end_t *e = &ends[i];
         memset(e, 0, sizeof *e);
-        epx__net_config_t config = {
-            .address = "127.0.0.1", .peers_max = 8, .puts_max = 256, .notices_max = 4096, .lost_ms = 1000};
+        epx__net_config_t config = {.address = test_address(), .peers_max = 8, .puts_max = 256, .notices_max = 4096};
+        config.lost_ms = strcmp(spec, "ofi:verbs") ? 1000 : 10000; /* run on an emulated machine: it is slow */
         if (epx__net_open(spec, &config, &e->net) != EPX_OK) {
             printf("%s: not here: %s\n", spec, epx__detail());
             for (int j = 0; j < i; j++)
