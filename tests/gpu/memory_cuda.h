@@ -79,8 +79,11 @@ static void gpu_free(void *memory)
     pthread_mutex_unlock(&gpu_lock);
 }
 
+/* The stream is empty before: a copy that waited for a kernel could stand in another rank's way, for which that kernel
+ * waits. */
 static void gpu_copy(void *to, const void *from, size_t bytes)
 {
+    GPU_CHECK(cudaStreamSynchronize(gpu_stream_mine));
     if (bytes)
         GPU_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, gpu_stream_mine));
     GPU_CHECK(cudaStreamSynchronize(gpu_stream_mine));

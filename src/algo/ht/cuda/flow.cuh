@@ -129,7 +129,7 @@ EPX__DEVICE void tell_progress(ht_block_t *b, uint32_t done)
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
         __threadfence_block();
-        *(volatile uint32_t *)&b->progress[threadIdx.x / 32] = done;
+        atomicExch(&b->progress[threadIdx.x / 32], done);
     }
 }
 EPX__DEVICE void tell_ended(ht_block_t *b)
@@ -147,9 +147,9 @@ __device__ void announce(const context_t &context, ht_block_t *b, uint32_t worke
 {
     uint32_t lane = threadIdx.x % 32, done = 0;
     for (;;) {
-        bool over = __all_sync(0xffffffffu, *(volatile uint32_t *)&b->ended == workers) != 0;
+        bool over = __all_sync(0xffffffffu, atomicOr(&b->ended, 0u) == workers) != 0;
         __threadfence_block();
-        uint32_t ready = lane < workers ? *(volatile uint32_t *)&b->progress[lane] : 0;
+        uint32_t ready = lane < workers ? atomicOr(&b->progress[lane], 0u) : 0;
         if (__any_sync(0xffffffffu, ready > done)) {
             fence_proxy_async();
             fence_acq_rel_sys();
