@@ -51,6 +51,7 @@ static inline void *net_rank_main(void *argument)
     net_rank_t *self = argument;
     self->status = epx__channels_create(&self->config, &self->channels);
     strncpy(self->words, epx__detail(), sizeof self->words - 1);
+    pthread_barrier_wait(&self->world->barrier); /* nor goes before all are connected */
     if (self->status == EPX_OK && self->body)
         self->body(self);
     pthread_barrier_wait(&self->world->barrier); /* nobody leaves before all have done */
