@@ -89,10 +89,15 @@ static void gpu_copy(void *to, const void *from, size_t bytes)
     GPU_CHECK(cudaStreamSynchronize(gpu_stream_mine));
 }
 
+/* By a copy: the driver's own kernels that fill are loaded when first used, which waits for the whole device. */
 static void gpu_fill(void *device, int byte, size_t bytes)
 {
-    if (bytes)
-        GPU_CHECK(cudaMemsetAsync(device, byte, bytes, gpu_stream_mine));
+    void *image = malloc(bytes ? bytes : 1);
+    if (!image)
+        exit(4);
+    memset(image, byte, bytes);
+    gpu_copy(device, image, bytes);
+    free(image);
 }
 
 static epx_stream_t gpu_stream(void)

@@ -437,15 +437,16 @@ extern "C" int epx__ht_launch_layout(const ht_layout_t *p, void *stream)
     return (int)cudaGetLastError();
 }
 
-extern "C" int epx__ht_load_begin(void)
+/* The first launch of a kernel may load it and wait for the whole device, where kernels of other ranks wait for this
+ * one: so it happens at creation, with nothing to do. */
+extern "C" int epx__ht_load_begin(void *stream)
 {
-    cudaFuncAttributes a;
-    const void *kernels[] = {(const void *)ht_begin_kernel, (const void *)ht_barrier_kernel,
-                             (const void *)ht_check_kernel, (const void *)ht_layout_kernel};
-    for (int i = 0; i < 4; i++) {
-        cudaError_t error = cudaFuncGetAttributes(&a, kernels[i]);
-        if (error != cudaSuccess)
-            return (int)error;
-    }
-    return 0;
+    ht_begin_t begin = {};
+    ht_check_t check = {};
+    ht_layout_t layout = {};
+    ht_begin_kernel<<<1, BEGIN_THREADS, 0, (cudaStream_t)stream>>>(begin);
+    ht_barrier_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(check.c);
+    ht_check_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(check);
+    ht_layout_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(layout);
+    return (int)cudaGetLastError();
 }

@@ -482,13 +482,18 @@ extern "C" int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, vo
                                  (cudaStream_t)stream);
 }
 
-extern "C" int epx__ht_load_combine(uint32_t shared_bytes)
+extern "C" int epx__ht_load_combine(uint32_t shared_bytes, void *stream)
 {
     for (int dtype = EPX_BF16; dtype <= EPX_FP32; dtype++) {
+        ht_combine_t p = {};
+        p.dtype = dtype;
+        p.threads = 32;
+        p.shared_bytes = shared_bytes;
         cudaError_t error =
             cudaFuncSetAttribute(combine_kernel(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
-        if (error != cudaSuccess)
-            return (int)error;
+        int launched = error == cudaSuccess ? epx__ht_launch_combine(&p, 1, stream) : (int)error;
+        if (launched != 0)
+            return launched;
     }
     return 0;
 }

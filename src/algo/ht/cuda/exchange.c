@@ -197,11 +197,13 @@ static epx_status_t share_sms(ht_cuda_t *h)
 static epx_status_t load_kernels(ht_cuda_t *h)
 {
     h->shared_max = h->device->shared_max - 1024; /* what the kernels have of their own */
-    int error = epx__ht_load_begin();
+    int error = epx__ht_load_begin(h->device->stream);
     if (error == 0)
-        error = epx__ht_load_rows((uint32_t)h->shared_max);
+        error = epx__ht_load_rows((uint32_t)h->shared_max, h->device->stream);
     if (error == 0)
-        error = epx__ht_load_combine((uint32_t)h->shared_max);
+        error = epx__ht_load_combine((uint32_t)h->shared_max, h->device->stream);
+    if (error == 0)
+        error = (int)cudaStreamSynchronize(h->device->stream);
     return error == 0 ? EPX_OK : epx__cuda_fail((cudaError_t)error, "loading the kernels for this GPU");
 }
 

@@ -183,10 +183,11 @@ int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, void *stream)
 int epx__ht_launch_barrier(const ht_common_t *c, void *stream);
 int epx__ht_launch_check(const ht_check_t *p, void *stream);
 int epx__ht_launch_layout(const ht_layout_t *p, void *stream);
-/* Load every kernel now, on the current device, and allow it `shared_bytes` of shared memory. */
-int epx__ht_load_begin(void);
-int epx__ht_load_rows(uint32_t shared_bytes);
-int epx__ht_load_combine(uint32_t shared_bytes);
+/* Load every kernel now, on the current device, allow it `shared_bytes` of shared memory, and launch it with nothing to
+ * do. */
+int epx__ht_load_begin(void *stream);
+int epx__ht_load_rows(uint32_t shared_bytes, void *stream);
+int epx__ht_load_combine(uint32_t shared_bytes, void *stream);
 
 #ifdef __cplusplus
 }

@@ -592,8 +592,13 @@ extern "C" int epx__ht_launch_rows(const ht_rows_t *p, uint32_t blocks, void *st
     return (int)cudaGetLastError();
 }
 
-extern "C" int epx__ht_load_rows(uint32_t shared_bytes)
+extern "C" int epx__ht_load_rows(uint32_t shared_bytes, void *stream)
 {
-    return (int)cudaFuncSetAttribute((const void *)ht_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     (int)shared_bytes);
+    ht_rows_t p = {};
+    cudaError_t error = cudaFuncSetAttribute((const void *)ht_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             (int)shared_bytes);
+    if (error != cudaSuccess)
+        return (int)error;
+    ht_rows_kernel<<<1, 32, shared_bytes, (cudaStream_t)stream>>>(p);
+    return (int)cudaGetLastError();
 }

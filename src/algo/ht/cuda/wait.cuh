@@ -246,6 +246,8 @@ EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uin
 
 EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
 {
+    if (!c.state)
+        return false; /* a first launch, at creation: see epx__ht_load_begin */
     if (threadIdx.x < HT_WARPS_MAX)
         b->progress[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
