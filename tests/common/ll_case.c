@@ -45,6 +45,12 @@ static uint64_t hash(const xl_call_t *c, uint64_t a, uint64_t b)
     return xt_mix(c->world->seed, c->op, a, b);
 }
 
+/* Of what a graph's replays change: the same shape and number of tokens, other ids and values. */
+static uint64_t changing(const xl_call_t *c, uint64_t a, uint64_t b)
+{
+    return xt_mix(c->world->seed + (uint64_t)c->variant * 7919, c->op, a, b);
+}
+
 static uint16_t value_bits(uint64_t h)
 {
     float v = (float)((int)(h % 4001) - 2000) * (h >> 20 & 7 ? 0.0078125f : 3.0f);
@@ -88,17 +94,17 @@ static uint32_t tokens_of(const xl_call_t *c, int rank)
 
 static int64_t id_of(const xl_call_t *c, int rank, uint32_t t, uint32_t k)
 {
-    uint64_t kind = hash(c, 4, 1) % 6, h = hash(c, 5, (uint64_t)rank << 40 | (uint64_t)t << 8 | k);
+    uint64_t kind = changing(c, 4, 1) % 6, h = changing(c, 5, (uint64_t)rank << 40 | (uint64_t)t << 8 | k);
     uint32_t experts = c->world->experts;
     if (kind == 0 && h >> 50 & 1)
         return -1;
     if (kind == 1) /* ids repeat within a token */
-        return (int64_t)(hash(c, 6, (uint64_t)rank << 40 | (uint64_t)t << 8 | (h & 1)) % experts);
+        return (int64_t)(changing(c, 6, (uint64_t)rank << 40 | (uint64_t)t << 8 | (h & 1)) % experts);
     if (kind == 2) /* all to few experts */
         return (int64_t)(h % (experts < 3 ? experts : 3));
     if (kind == 3 && t % 2)
         return -1;
-    return (int64_t)((hash(c, 7, (uint64_t)rank << 32 | t) + (uint64_t)k * 7) % experts);
+    return (int64_t)((changing(c, 7, (uint64_t)rank << 32 | t) + (uint64_t)k * 7) % experts);
 }
 
 static void make_rank(xl_call_t *c, int rank)
@@ -111,15 +117,15 @@ static void make_rank(xl_call_t *c, int rank)
     int64_t *ids = take((size_t)n * topk * 8);
     float *w = take((size_t)n * topk * 4), *w2 = take((size_t)n * topk * 4);
     for (size_t i = 0; i < (size_t)n * hidden; i++)
-        x[i] = value_bits(hash(c, 8 + (uint64_t)rank, i));
+        x[i] = value_bits(changing(c, 8 + (uint64_t)rank, i));
     for (uint32_t i = 0; i < n * topk; i++) {
         int64_t id = id_of(c, rank, i / topk, i % topk);
         if (c->shape.bits == 32)
             ((int32_t *)(void *)ids)[i] = (int32_t)id;
         else
             ids[i] = id;
-        w[i] = (float)(hash(c, 100 + (uint64_t)rank, i) % 1000) * 0.00337f;
-        w2[i] = (float)(hash(c, 200 + (uint64_t)rank, i) % 1000) * 0.00171f;
+        w[i] = (float)(changing(c, 100 + (uint64_t)rank, i) % 1000) * 0.00337f;
+        w2[i] = (float)(changing(c, 200 + (uint64_t)rank, i) % 1000) * 0.00171f;
     }
     *r = (epx__ref_ll_rank_t){
         .tokens = n, .x = x, .topk_idx = ids, .topk_weights = w, .combine_weights = w2, .masked = c->world->masked};
@@ -139,7 +145,7 @@ static uint16_t *make_outputs(const xl_call_t *c, int rank)
         for (int s = 0; s < c->shape.ranks; s++)
             count += (uint32_t)got.layout_range[p * (size_t)c->shape.ranks + (size_t)s];
         for (size_t i = 0; i < count * hidden; i++)
-            y[p * rows * hidden + i] = value_bits(hash(c, 300 + (uint64_t)rank, p * rows * hidden + i));
+            y[p * rows * hidden + i] = value_bits(changing(c, 300 + (uint64_t)rank, p * rows * hidden + i));
     }
     epx__ref_ll_received_fini(&got);
     return y;
@@ -191,14 +197,13 @@ void xl_put_inputs(xl_call_t *c)
     m->put(c->x, r->x, (size_t)r->tokens * c->shape.hidden * 2);
     m->put(c->ids, r->topk_idx, n * (size_t)c->shape.bits / 8);
     m->put(c->weight, r->topk_weights, n * 4);
-    m->put(c->weight2, r->combine_weights, n * 4);
+    if (c->weight2)
+        m->put(c->weight2, r->combine_weights, n * 4);
 }
 
-void xl_make(xl_call_t *c, xl_world_t *w, uint32_t op)
+static void make_host(xl_call_t *c)
 {
-    *c = (xl_call_t){.world = w, .op = op};
-    choose_shape(c);
-    int ranks = c->shape.ranks, me = w->self->rank;
+    int ranks = c->shape.ranks;
     for (int r = 0; r < ranks; r++)
         make_rank(c, r);
     for (int r = 0; r < ranks && !c->combine_weights; r++) {
@@ -207,8 +212,47 @@ void xl_make(xl_call_t *c, xl_world_t *w, uint32_t op)
     }
     for (int r = 0; r < ranks; r++)
         c->y[r] = make_outputs(c, r);
-    if (epx__ref_ll_dispatch(&c->shape, c->all, me, &c->want) != EPX_OK)
+    if (epx__ref_ll_dispatch(&c->shape, c->all, c->world->self->rank, &c->want) != EPX_OK)
         exit(3);
+}
+
+static void free_host(xl_call_t *c)
+{
+    for (int r = 0; r < c->shape.ranks; r++) {
+        const void *host[] = {c->all[r].x, c->all[r].topk_idx, c->all[r].topk_weights, c->all[r].combine_weights,
+                              c->y[r]};
+        for (size_t i = 0; i < sizeof host / sizeof *host; i++)
+            free((void *)(uintptr_t)host[i]);
+    }
+    epx__ref_ll_received_fini(&c->want);
+}
+
+void xl_remake(xl_call_t *c, uint32_t variant)
+{
+    const xt_memory_t *m = c->world->self->memory;
+    free_host(c);
+    c->variant = variant;
+    make_host(c);
+    size_t rows = c->want.parts * places(c);
+    m->fill(c->recv_x, PATTERN, rows * row_bytes(c));
+    m->fill(c->src, PATTERN, rows * 4);
+    m->fill(c->stats, 0, c->want.local_experts * 4);
+    if (c->scales)
+        m->fill(c->scales, PATTERN, rows * scales_of_row(c) * 4);
+    if (c->topk_idx)
+        m->fill(c->topk_idx, PATTERN, rows * c->shape.topk * 4);
+    if (c->topk_weights)
+        m->fill(c->topk_weights, PATTERN, rows * c->shape.topk * 4);
+    xl_put_inputs(c);
+    xl_put_outputs(c);
+}
+
+void xl_make(xl_call_t *c, xl_world_t *w, uint32_t op)
+{
+    *c = (xl_call_t){.world = w, .op = op};
+    choose_shape(c);
+    make_host(c);
+    int ranks = c->shape.ranks, me = w->self->rank;
     const epx__ref_ll_rank_t *r = &c->all[me];
     size_t n = (size_t)r->tokens * c->shape.topk, rows = c->want.parts * places(c);
     c->x = room_with(c, r->x, (size_t)r->tokens * c->shape.hidden * 2);
@@ -241,13 +285,7 @@ void xl_fini(xl_call_t *c)
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i])
             m->free(device[i]);
-    for (int r = 0; r < c->shape.ranks; r++) {
-        const void *host[] = {c->all[r].x, c->all[r].topk_idx, c->all[r].topk_weights, c->all[r].combine_weights,
-                              c->y[r]};
-        for (size_t i = 0; i < sizeof host / sizeof *host; i++)
-            free((void *)(uintptr_t)host[i]);
-    }
-    epx__ref_ll_received_fini(&c->want);
+    free_host(c);
 }
 
 /* ---- the calls ---- */

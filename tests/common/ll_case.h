@@ -26,7 +26,7 @@ typedef struct xl_world {
 /* What a call is like. */
 typedef struct xl_call {
     xl_world_t *world;
-    uint32_t op;
+    uint32_t op, variant;
     epx__ref_ll_shape_t shape;
     bool weights, combine_weights, zero_copy, whole;
     epx__ref_ll_rank_t all[XT_RANKS_MAX];
@@ -50,6 +50,8 @@ bool xl_dispatch_send(xl_call_t *c);
 bool xl_dispatch_recv(xl_call_t *c); /* and compare; whole calls: does both */
 bool xl_combine_send(xl_call_t *c);
 bool xl_combine_recv(xl_call_t *c); /* and compare */
+/* Other ids and values for the same call: what a replayed graph finds. */
+void xl_remake(xl_call_t *c, uint32_t variant);
 void xl_fini(xl_call_t *c);
 /* All of one call. */
 bool xl_run(xl_world_t *w, uint32_t op);

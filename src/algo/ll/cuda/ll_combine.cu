@@ -3,18 +3,20 @@
  *
  *   copiers   a row at a time: an expert's output, or (by_rank) this rank's weighted sum of a token's, into the owner's
  *             place for it; each tells in shared memory how many rows it has done
- *   teller    one warp: when all copiers have done a row, its flag at the owner. The release waits for the SM's stores
- *             under way; the copiers go on meanwhile
+ *   tellers   when all copiers have done a row, its flag at the owner. The release waits for the SM's stores under way;
+ *             the copiers go on meanwhile, and several tellers wait at the same time
  *   adders    a piece of a token's row each: wait for the flags of the token's rows, add in order, round once
  *
  * An owner's place is free when I write: it has dispatched this call to me after it combined the slot's last one.
  */
 #include <cuda_runtime.h>
+#include <string.h>
 
 #include "algo/ll/cuda/ll_wait.cuh"
 #include "plan/format.h"
 
-#define COPIERS 16u
+#define COPIERS 14u
+#define TELLERS 4u
 #define BATCH 4u /* rows that a thread has in flight */
 
 typedef struct ll_head {
@@ -141,9 +143,11 @@ EPX__DEVICE void push_sum(const ll_combine_t &p, const ll_back_t &b, char *to)
 static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
 {
     const ll_common_t &l = p.l;
-    uint32_t count = rows_to_push(p), done = 0, places = l.topk;
-    for (uint32_t i = blockIdx.x; i < count; i += gridDim.x) {
-        ll_back_t b = row_to_push(p, i);
+    uint32_t count = rows_to_push(p), done = 0, places = l.topk, i = blockIdx.x;
+    ll_back_t b = i < count ? row_to_push(p, i) : ll_back_t{-1, 0, 0, 0};
+    while (i < count) {
+        uint32_t next = i + gridDim.x;
+        ll_back_t later = next < count ? row_to_push(p, next) : b;
         if (goes_home(p, b)) {
             if (p.pre_reduced)
                 push_sum(p, b, home_row(l, h, b));
@@ -158,16 +162,17 @@ static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             st_release_cta_u32(&h.done[threadIdx.x / 32], ++done);
+        b = later;
+        i = next;
     }
 }
 
-static __device__ void teller(const ll_combine_t &p, ll_head_t &h)
+static __device__ void teller(const ll_combine_t &p, ll_head_t &h, uint32_t which)
 {
     const ll_common_t &l = p.l;
-    uint32_t lane = threadIdx.x % 32, count = rows_to_push(p), row = 0;
-    for (uint32_t i = blockIdx.x; i < count; i += gridDim.x) {
+    uint32_t lane = threadIdx.x % 32, count = rows_to_push(p), row = which + 1;
+    for (uint32_t i = blockIdx.x + which * gridDim.x; i < count; i += TELLERS * gridDim.x, row += TELLERS) {
         ll_back_t b = row_to_push(p, i);
-        row++;
         while (!__all_sync(ALL_LANES, lane >= COPIERS || ld_acquire_cta_u32(&h.done[lane]) >= row))
             ; /* the copiers of this block wait for nobody */
         if (lane == 0 && goes_home(p, b))
@@ -305,7 +310,9 @@ static __device__ void tell_left_out(const ll_combine_t &p, const ll_head_t &h)
 __global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_constant__ ll_combine_t p)
 {
     __shared__ ll_head_t h;
-    uint32_t warp = threadIdx.x / 32, first = p.send ? COPIERS + 1 : 0;
+    uint32_t warp = threadIdx.x / 32, first = p.send ? COPIERS + TELLERS : 0;
+    if (p.l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
+        return;
     if (threadIdx.x < COPIERS)
         h.done[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
@@ -323,8 +330,8 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_
     }
     if (p.send && warp < COPIERS)
         copier(p, h);
-    else if (p.send && warp == COPIERS)
-        teller(p, h);
+    else if (p.send && warp < COPIERS + TELLERS)
+        teller(p, h, warp - COPIERS);
     else if (p.recv)
         adder(p, h, warp - first, LL_THREADS / 32 - first);
 }
@@ -335,8 +342,9 @@ extern "C" int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, vo
     return (int)cudaGetLastError();
 }
 
-extern "C" int epx__ll_load_combine(void)
+extern "C" int epx__ll_load_combine(void *stream)
 {
-    struct cudaFuncAttributes attributes;
-    return (int)cudaFuncGetAttributes(&attributes, (const void *)ll_combine_kernel);
+    ll_combine_t nothing;
+    memset(&nothing, 0, sizeof nothing);
+    return epx__ll_launch_combine(&nothing, 1, stream);
 }

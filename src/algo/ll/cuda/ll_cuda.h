@@ -101,8 +101,8 @@ static inline uint64_t ll_index_bytes(uint64_t pairs, uint64_t parts, uint64_t w
 
 int epx__ll_launch_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes, void *stream);
 int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, void *stream);
-int epx__ll_load_dispatch(void);
-int epx__ll_load_combine(void);
+int epx__ll_load_dispatch(void *stream);
+int epx__ll_load_combine(void *stream);
 
 #ifdef __cplusplus
 }

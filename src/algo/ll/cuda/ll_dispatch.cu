@@ -10,6 +10,7 @@
  * ids and send wait for credit only (`taken` of the slot's last call), spread and book for the ids and rows of peers.
  */
 #include <cuda_runtime.h>
+#include <string.h>
 
 #include "algo/ll/cuda/ll_wait.cuh"
 #include "plan/format.h"
@@ -38,17 +39,14 @@ EPX__DEVICE int credit_of(const ll_common_t &l, const ll_head_t &h, int rank)
 }
 
 /* A rank given up in the slot's last call may still write there, until it says that it is done with it. */
-EPX__DEVICE bool settled(const ll_common_t &l, const ll_head_t &h, int rank)
+EPX__DEVICE bool settled(const ll_common_t &l, const ll_head_t &h, int rank, uint64_t owed)
 {
-    uint64_t *owed = &l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank];
     const epx__ll_words_t *w = ll_words(l, l.c.window, h.slot, rank);
-    if (*owed == 0)
-        return true;
-    if (ld_acquire_sys_u64(&w->combined) >= *owed || ld_acquire_sys_u64(&w->left_out) >= *owed) {
-        *owed = 0;
+    if (ld_acquire_sys_u64(&w->combined) >= owed || ld_acquire_sys_u64(&w->left_out) >= owed) {
+        l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank] = 0;
         return true;
     }
-    ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, rank, *owed, 0, 0};
+    ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, rank, owed, 0, 0};
     ht_fail(l.c, h.n, f);
     return false;
 }
@@ -57,11 +55,13 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
 {
     const ll_common_t &l = p.l;
     uint32_t pairs = l.c.layout.ll.tokens_max * l.topk, mine = l.tokens * l.topk, bad = 0;
-    if (threadIdx.x < 32)
+    if (threadIdx.x / 32 == LL_THREADS / 32 - 1)
         ll_tell_finished(l);
     for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS) {
-        int credit = !settled(l, h, r) ? LL_STOP : l.masked[r] ? LL_ABSENT : credit_of(l, h, r);
-        if (credit == LL_STOP)
+        uint64_t owed = l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)r];
+        uint32_t masked = l.masked[r];
+        int credit = masked ? LL_ABSENT : credit_of(l, h, r);
+        if (credit == LL_STOP || (owed && !settled(l, h, r, owed)))
             h.stop = 1;
         l.r.asked[r] = credit == LL_CAME;
     }
@@ -150,36 +150,45 @@ EPX__DEVICE uint32_t wanted(const ll_common_t &l, uint32_t token, int *rank)
     return __ballot_sync(ALL_LANES, first);
 }
 
-/* Warp `w` of the team: its pieces of 512 elements. */
+/* A lane's two vectors of a piece of 512 elements. */
 template <bool fp8>
-EPX__DEVICE void send_pieces(const ll_dispatch_t &p, const ll_head_t &h, uint32_t token, uint32_t w, uint32_t ranks,
-                             int rank)
+EPX__DEVICE uint32_t second_of(uint32_t e)
+{
+    return fp8 ? e + 8 : e + 256;
+}
+template <bool fp8>
+EPX__DEVICE void load_piece(const ll_dispatch_t &p, uint32_t token, uint32_t at, uint4 *a, uint4 *b)
 {
     const ll_common_t &l = p.l;
-    uint32_t lane = threadIdx.x % 32;
     const char *x = p.x + (size_t)token * l.hidden * 2;
-    for (uint32_t at = w * 512; at < l.hidden; at += LL_TEAM_WARPS * 512) {
-        uint32_t e = at + lane * (fp8 ? 16 : 8), f = fp8 ? e + 8 : e + 256;
-        uint4 zero = make_uint4(0, 0, 0, 0);
-        uint4 a = e < l.hidden ? ld_global_16(x + (size_t)e * 2) : zero;
-        uint4 b = f < l.hidden ? ld_global_16(x + (size_t)f * 2) : zero;
-        float scale = 0.0f;
-        if (fp8)
-            a = quantise16(a, b, p.round_scale || p.ue8m0, &scale);
-        for (uint32_t m = ranks; m; m &= m - 1) {
-            int r = __shfl_sync(ALL_LANES, rank, __ffs((int)m) - 1);
-            char *row = l.c.peers[r] + epx__ll_row_at(&l.c.layout.ll, h.slot, (uint32_t)l.c.rank, token);
-            if (fp8) {
-                if (e < l.hidden)
-                    st_global_16(row + e, a);
-                if (e < l.hidden && lane % 8 == 0)
-                    *(volatile float *)(row + l.hidden + e / 128 * 4) = scale;
-            } else {
-                if (e < l.hidden)
-                    st_global_16(row + (size_t)e * 2, a);
-                if (f < l.hidden)
-                    st_global_16(row + (size_t)f * 2, b);
-            }
+    uint32_t e = at + threadIdx.x % 32 * (fp8 ? 16 : 8), f = second_of<fp8>(e);
+    uint4 zero = make_uint4(0, 0, 0, 0);
+    *a = e < l.hidden ? ld_global_16(x + (size_t)e * 2) : zero;
+    *b = f < l.hidden ? ld_global_16(x + (size_t)f * 2) : zero;
+}
+
+template <bool fp8>
+EPX__DEVICE void send_piece(const ll_dispatch_t &p, const ll_head_t &h, uint32_t token, uint32_t at, uint32_t ranks,
+                            int rank, uint4 a, uint4 b)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, e = at + lane * (fp8 ? 16 : 8), f = second_of<fp8>(e);
+    float scale = 0.0f;
+    if (fp8)
+        a = quantise16(a, b, p.round_scale || p.ue8m0, &scale);
+    for (uint32_t m = ranks; m; m &= m - 1) {
+        int r = __shfl_sync(ALL_LANES, rank, __ffs((int)m) - 1);
+        char *row = l.c.peers[r] + epx__ll_row_at(&l.c.layout.ll, h.slot, (uint32_t)l.c.rank, token);
+        if (fp8) {
+            if (e < l.hidden)
+                st_global_16(row + e, a);
+            if (e < l.hidden && lane % 8 == 0)
+                *(volatile float *)(row + l.hidden + e / 128 * 4) = scale;
+        } else {
+            if (e < l.hidden)
+                st_global_16(row + (size_t)e * 2, a);
+            if (f < l.hidden)
+                st_global_16(row + (size_t)f * 2, b);
         }
     }
 }
@@ -192,13 +201,19 @@ static __device__ void send_rows(const ll_dispatch_t &p, ll_head_t &h)
     uint32_t team = threadIdx.x / 32 / LL_TEAM_WARPS, w = threadIdx.x / 32 % LL_TEAM_WARPS, lane = threadIdx.x % 32;
     for (uint32_t t = (blockIdx.x - p.send_first) * teams + team; t < l.tokens; t += p.send_blocks * teams) {
         int rank;
+        uint4 a, b;
+        load_piece<fp8>(p, t, w * 512, &a, &b); /* while it is found out where to */
         uint32_t ranks = wanted(l, t, &rank);
         int credit = ranks >> lane & 1 ? credit_of(l, h, rank) : LL_ABSENT;
         ranks = __ballot_sync(ALL_LANES, credit == LL_CAME);
         if (__any_sync(ALL_LANES, credit == LL_STOP))
             h.stop = 1;
         else
-            send_pieces<fp8>(p, h, t, w, ranks, rank);
+            for (uint32_t at = w * 512; at < l.hidden; at += LL_TEAM_WARPS * 512) {
+                if (at != w * 512)
+                    load_piece<fp8>(p, t, at, &a, &b);
+                send_piece<fp8>(p, h, t, at, ranks, rank, a, b);
+            }
         team_sync(team);
         if (w == 0 && (ranks >> lane & 1) && *(volatile uint32_t *)&h.stop == 0)
             st_release_sys_u64(
@@ -375,20 +390,20 @@ static __device__ void book_counts(const ll_dispatch_t &p, const ll_index_t &x)
     }
 }
 
-/* How many of the token's ranks are below this one. */
+/* How many of the token's ranks are below this one: 64 ranks at a time. */
 EPX__DEVICE int32_t place_among_ranks(const ll_common_t &l, const ll_head_t &h, uint32_t source, uint32_t token)
 {
     const uint64_t *ids = ll_ids(l, l.c.window, h.slot, (int)source) + (size_t)token * l.topk;
     int32_t place = 0;
-    for (uint32_t k = 0; k < l.topk; k++) {
-        int32_t id = (int32_t)(uint32_t)ld_relaxed_sys_u64(&ids[k]),
-                r = id < 0 ? l.c.rank : epx__expert_rank(&l.map, id);
-        bool counts = r < l.c.rank;
-        for (uint32_t j = 0; counts && j < k; j++) {
-            int32_t other = (int32_t)(uint32_t)ld_relaxed_sys_u64(&ids[j]);
-            counts = other < 0 || epx__expert_rank(&l.map, other) != r;
+    for (int32_t base = 0; base < l.c.rank; base += 64) {
+        uint64_t below = 0;
+#pragma unroll 8
+        for (uint32_t k = 0; k < l.topk; k++) {
+            int32_t id = (int32_t)(uint32_t)ld_relaxed_sys_u64(&ids[k]);
+            int32_t r = id < 0 ? l.c.rank : epx__expert_rank(&l.map, id);
+            below |= r < l.c.rank && r >= base && r < base + 64 ? 1ull << (r - base) : 0;
         }
-        place += counts;
+        place += __popcll(below);
     }
     return place;
 }
@@ -422,8 +437,15 @@ static __device__ void book_lists(const ll_dispatch_t &p, const ll_head_t &h, co
     uint32_t ranks = (uint32_t)l.c.ranks, places = l.c.layout.ll.tokens_max, all = ranks * places;
     uint32_t outputs = 0, pairs = 0;
     for (uint32_t first = 0; first < all; first += LL_THREADS) {
-        uint32_t q = first + threadIdx.x, t = q / ranks, source = (q + t) % ranks, u = source * places + t, n = 0,
-                 total;
+        uint32_t q = first + threadIdx.x, t, source, n = 0, total;
+        if (q < (ranks - 1) * places) { /* others' tokens first */
+            t = q / (ranks - 1);
+            source = ((uint32_t)l.c.rank + 1 + (q + t) % (ranks - 1)) % ranks;
+        } else {
+            t = q - (ranks - 1) * places;
+            source = (uint32_t)l.c.rank;
+        }
+        uint32_t u = source * places + t;
         for (uint32_t k = 0; q < all && k < l.topk; k++)
             n += x.ids[u * l.topk + k] != LL_NONE;
         uint32_t at = outputs + scan_block(source == (uint32_t)l.c.rank ? 0 : n, sums, &total);
@@ -601,23 +623,19 @@ static __device__ void spread(const ll_dispatch_t &p, const ll_head_t &h, const 
 /* A dispatch takes its number when it sends; its other kernel finds it in the record. */
 EPX__DEVICE void enter(const ll_dispatch_t &p, ll_head_t &h)
 {
+    const ll_common_t &l = p.l;
     if (threadIdx.x == 0) {
-        const ll_common_t &l = p.l;
-        h.stop = ht_stopped(l.c, 0, false);
+        h.n = p.send ? ld_relaxed_sys_u64(&l.state->number) + 1 : *(volatile uint64_t *)l.r.number;
+        h.stop = ht_stopped(l.c, h.n, false);
         h.start = globaltimer_ns();
-        if (!p.send) {
-            h.n = *(volatile uint64_t *)l.r.number;
-        } else {
-            h.n = ld_relaxed_sys_u64(&l.state->number) + 1;
-            if (add_acq_rel_gpu_u32(&l.state->arrived, 1) == gridDim.x - 1) { /* all have read it */
-                l.state->arrived = 0;
-                *(volatile uint64_t *)l.r.number = h.n;
-                st_relaxed_sys_u64(&l.state->number, h.n);
-            }
-        }
         h.slot = h.n % l.slots;
     }
     __syncthreads();
+    if (p.send && threadIdx.x == 0 && atomicAdd(&l.state->arrived, 1) == gridDim.x - 1) { /* all have read it */
+        *(volatile uint32_t *)&l.state->arrived = 0;
+        *(volatile uint64_t *)l.r.number = h.n;
+        st_relaxed_sys_u64(&l.state->number, h.n);
+    }
 }
 
 template <bool fp8, bool large>
@@ -625,6 +643,8 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_dispatch_kernel(const __grid
 {
     extern __shared__ __align__(16) char memory[];
     __shared__ ll_head_t h;
+    if (p.l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
+        return;
     enter(p, h);
     if (h.stop)
         return;
@@ -662,13 +682,17 @@ extern "C" int epx__ll_launch_dispatch(const ll_dispatch_t *p, uint32_t blocks, 
     return (int)cudaGetLastError();
 }
 
-extern "C" int epx__ll_load_dispatch(void)
+/* Load every kernel, and launch it once: its local memory is there before another kernel waits for a peer. */
+extern "C" int epx__ll_load_dispatch(void *stream)
 {
+    ll_dispatch_t nothing;
+    memset(&nothing, 0, sizeof nothing);
     for (int i = 0; i < 4; i++) {
         cudaError_t error = cudaFuncSetAttribute((const void *)kernel_of(i & 1, i & 2),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, LL_SHARED_MOST);
         if (error != cudaSuccess)
             return (int)error;
+        kernel_of(i & 1, i & 2)<<<1, LL_THREADS, 0, (cudaStream_t)stream>>>(nothing);
     }
-    return 0;
+    return (int)cudaGetLastError();
 }

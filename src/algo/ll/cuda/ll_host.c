@@ -105,13 +105,13 @@ static epx_status_t allocate(ll_cuda_t *ll)
     cut_device(ll, &device);
     error = cudaMemsetAsync(ll->slab, 0, measure.at, ll->ht->device->stream);
     if (error == cudaSuccess)
-        error = cudaStreamSynchronize(ll->ht->device->stream);
-    if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&ll->order, cudaEventDisableTiming);
     if (error == cudaSuccess)
-        error = (cudaError_t)epx__ll_load_dispatch();
+        error = (cudaError_t)epx__ll_load_dispatch(ll->ht->device->stream);
     if (error == cudaSuccess)
-        error = (cudaError_t)epx__ll_load_combine();
+        error = (cudaError_t)epx__ll_load_combine(ll->ht->device->stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(ll->ht->device->stream);
     return error == cudaSuccess ? EPX_OK : epx__cuda_fail(error, "making low latency");
 }
 
