@@ -9,6 +9,7 @@
 #include "common/channels.h"
 
 #include <stdio.h>
+#include <sys/resource.h>
 
 #include "base/fail.h"
 
@@ -207,6 +208,36 @@ static void test_idle_credit(void)
     net_world_run(2, &config, 4096, idle_body, NULL);
 }
 
+/* ---- idle proxies sleep, and wake ---- */
+
+static double cpu_seconds(void)
+{
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+           1e-6 * (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
+}
+
+static void sleep_body(net_rank_t *self)
+{
+    CHECK(epx_channels_barrier(self->channels) == EPX_OK, "%s", epx__detail());
+    if (self->rank == 0) {
+        epx__sleep_ns(100000000);
+        double before = cpu_seconds();
+        epx__sleep_ns(400000000);
+        double used = cpu_seconds() - before;
+        CHECK(used < 0.1, "%s: two idle ranks used %.3f s of CPU in 0.4 s", spec, used);
+        CHECK(epx_port_signal(net_port(self, 1, 0)) == EPX_OK && epx_port_flush(net_port(self, 1, 0)) == EPX_OK,
+              "wake");
+    }
+}
+
+static void test_sleep(void)
+{
+    epx__channels_config_t config = plain(1, 16, 32);
+    net_world_run(2, &config, 4096, sleep_body, NULL);
+}
+
 /* ---- barrier: nobody passes before all have come, and what was put before is there ---- */
 
 static void barrier_body(net_rank_t *self)
@@ -356,6 +387,7 @@ static void suite(uint32_t rows, int full)
         return;
     test_ring(3, rows / 2, 8, 8, 2, 1);
     test_ring(4, rows / 4, 16, 16, 1, 2);
+    test_sleep();
     test_barrier(2, 1);
     test_barrier(4, 3);
     test_ranges();
