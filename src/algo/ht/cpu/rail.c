@@ -12,6 +12,7 @@
 #include "algo/ht/cpu/rail.h"
 
 #include <inttypes.h>
+#include <sched.h>
 #include <string.h>
 
 #include "base/alloc.h"
@@ -130,7 +131,10 @@ bool epx__ht_rails_help(epx__half_t *half)
 {
     if (!half->helping)
         return false;
-    return epx__channels_help(half->ht->rails->rails->channels);
+    if (epx__channels_help(half->ht->rails->rails->channels))
+        return true;
+    sched_yield(); /* cores are few: whoever we wait for may want this one */
+    return false;
 }
 
 static epx_status_t push_failed(epx__half_t *half, const epx__ht_rail_t *rail, epx_status_t status)
