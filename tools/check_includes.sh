@@ -7,7 +7,8 @@
 # (its interface; for src/api an algorithm such as algo/ll is a folder of its own). Never a folder further right, never a
 # neighbour of the same level, never a sub-folder of another folder (its inside). Exceptions: device/cpu (waiting, bells,
 # copies: the host's own tools) is open to the folders right of device, device/cuda to their .../cuda; net may use
-# device.h (networks register what a device has allocated), device nothing of net.
+# device.h (networks register what a device has allocated), device nothing of net; a plug-in's table names every
+# algorithm's interface; the kernels of algo/ll use the waiting and the host state of the kernels of algo/ht.
 # tools/epx uses the public API alone. CUDA and libfabric headers stay in the plug-ins' folders.
 cd "${1:-$(dirname "$0")/..}" || exit 2
 find src tools/epx \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort |
@@ -47,6 +48,8 @@ find src tools/epx \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/
         if (target == "device/cpu" && level[own] > level["device"]) next
         if (kind == "cuda" && target == "device/cuda" && level[own] > level["device"]) next
         if (own == "net" && to == "device/device.h") next
+        if (file ~ /\/plugin\.c$/ && target ~ /^algo\/[a-z]+$/) next
+        if (folder == "algo/ll/cuda" && target == "algo/ht/cuda") next
         if (own == other) { bad("the inside of a sibling, or of a folder below"); next }
         if (level[other] > level[own]) { bad("a folder to the right"); next }
         if (level[other] == level[own]) { bad("a neighbour"); next }
