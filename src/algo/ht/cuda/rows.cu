@@ -25,7 +25,7 @@ typedef struct ht_dest {
 } ht_dest_t;
 static_assert(sizeof(ht_dest_t) == HT_DEST_BYTES, "the host sizes the table");
 
-/* The same offsets as epx__place_layout_make's (tests/gpu compares them). */
+/* The same offsets as epx__place_layout_make's, which the API cut the lease by. */
 typedef struct ht_place_offsets {
     uint64_t side, idx, weights, src;
 } ht_place_offsets_t;
