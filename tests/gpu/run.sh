@@ -15,7 +15,7 @@ generator=""
 command -v ninja >/dev/null && generator="-G Ninja"
 targets="epx epx_cuda gpu_test_differential gpu_test_stress gpu_test_graph gpu_test_fault gpu_test_bounds"
 if ! { cmake -S "$source" -B "$build" $generator -DCMAKE_BUILD_TYPE=Release -DEPX_WITH_CUDA=ON &&
-    cmake --build "$build" -j "$(nproc)" --target $targets; } >"$logs/build.log" 2>&1; then
+    cmake --build "$build" -j "$(nproc)" --target $targets $(cd "$source/tests/gpu" && ls test_ll*.c* | sed 's/^/gpu_/; s/[.].*//'); } >"$logs/build.log" 2>&1; then
     tail -40 "$logs/build.log"
     echo "the build failed: $logs/build.log"
     exit 1
@@ -45,6 +45,9 @@ run bounds 100 "$tests/gpu_test_bounds"
 run graph 120 "$tests/gpu_test_graph" "${GRAPH_REPLAYS:-1000}"
 run differential 300 "$tests/gpu_test_differential" "" "$percent"
 run stress 120 "$tests/gpu_test_stress" "" "$((percent / 10 + 1))"
+for name in ll ll_graph; do
+    [ -x "$tests/gpu_test_$name" ] && run $name 150 "$tests/gpu_test_$name"
+done
 if [ -n "${EPX_GPU_SANITIZE:-}" ] && command -v compute-sanitizer >/dev/null; then
     for tool in memcheck synccheck racecheck; do
         EPX_TIMEOUT_MS=60000 run "bounds-$tool" 150 compute-sanitizer --tool $tool --target-processes all --error-exitcode 9 \
