@@ -15,14 +15,15 @@
 #include "algo/ll/cuda/ll_wait.cuh"
 #include "plan/format.h"
 
-#define COPIERS 14u
+#define COPIERS_MOST 28u
 #define TELLERS 4u
 #define BATCH 4u /* rows that a thread has in flight */
 
 typedef struct ll_head {
     uint64_t n, slot;
     uint32_t stop;
-    uint32_t done[COPIERS]; /* rows that each copier has put */
+    uint32_t done[COPIERS_MOST]; /* rows that each copier has put */
+    uint32_t copiers, claimed;   /* claimed: pieces that some adder of this block has taken */
 } ll_head_t;
 
 EPX__DEVICE void st_release_cta_u32(uint32_t *p, uint32_t v)
@@ -89,11 +90,11 @@ EPX__DEVICE bool goes_home(const ll_combine_t &p, const ll_back_t &b)
     return b.row >= 0 && !p.l.masked[b.source];
 }
 
-EPX__DEVICE void push_plain(const ll_combine_t &p, const char *from, char *to)
+EPX__DEVICE void push_plain(const ll_combine_t &p, uint32_t copiers, const char *from, char *to)
 {
     uint32_t bytes = p.l.hidden * 2;
-    for (uint32_t at = threadIdx.x * 16; at < bytes; at += 2 * COPIERS * 512) {
-        uint32_t second = at + COPIERS * 512;
+    for (uint32_t at = threadIdx.x * 16; at < bytes; at += 2 * copiers * 512) {
+        uint32_t second = at + copiers * 512;
         uint4 a = ld_global_16(from + at), b;
         if (second < bytes)
             b = ld_global_16(from + second);
@@ -104,7 +105,7 @@ EPX__DEVICE void push_plain(const ll_combine_t &p, const char *from, char *to)
 }
 
 /* Weighted sum over my experts of one token, in top-k order. */
-EPX__DEVICE void push_sum(const ll_combine_t &p, const ll_back_t &b, char *to)
+EPX__DEVICE void push_sum(const ll_combine_t &p, uint32_t copiers, const ll_back_t &b, char *to)
 {
     const ll_common_t &l = p.l;
     uint32_t lane = threadIdx.x % 32, bytes = l.hidden * 2;
@@ -112,7 +113,7 @@ EPX__DEVICE void push_sum(const ll_combine_t &p, const ll_back_t &b, char *to)
     int32_t pos = lane < l.topk ? l.r.pos[at_pos] : -1;
     float weight = pos >= 0 ? l.r.weights[at_pos] : 0.0f;
     uint32_t mine = __ballot_sync(ALL_LANES, pos >= 0);
-    for (uint32_t base = threadIdx.x / 32 * 512; base < bytes; base += COPIERS * 512) {
+    for (uint32_t base = threadIdx.x / 32 * 512; base < bytes; base += copiers * 512) {
         uint32_t at = base + lane * 16;
         float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (uint32_t m = mine; m;) {
@@ -150,14 +151,14 @@ static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
         ll_back_t later = next < count ? row_to_push(p, next) : b;
         if (goes_home(p, b)) {
             if (p.pre_reduced)
-                push_sum(p, b, home_row(l, h, b));
+                push_sum(p, h.copiers, b, home_row(l, h, b));
             else if (p.by_rank) { /* rank-major: a row of its own, the same for every choice */
                 int32_t row = -1;
                 for (uint32_t k = 0; row < 0 && k < places; k++)
                     row = l.r.pos[(size_t)b.row * places + k];
-                push_plain(p, p.x + (size_t)row * l.hidden * 2, home_row(l, h, b));
+                push_plain(p, h.copiers, p.x + (size_t)row * l.hidden * 2, home_row(l, h, b));
             } else
-                push_plain(p, p.x + (size_t)b.row * l.hidden * 2, home_row(l, h, b));
+                push_plain(p, h.copiers, p.x + (size_t)b.row * l.hidden * 2, home_row(l, h, b));
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0)
@@ -173,7 +174,7 @@ static __device__ void teller(const ll_combine_t &p, ll_head_t &h, uint32_t whic
     uint32_t lane = threadIdx.x % 32, count = rows_to_push(p), row = which + 1;
     for (uint32_t i = blockIdx.x + which * gridDim.x; i < count; i += TELLERS * gridDim.x, row += TELLERS) {
         ll_back_t b = row_to_push(p, i);
-        while (!__all_sync(ALL_LANES, lane >= COPIERS || ld_acquire_cta_u32(&h.done[lane]) >= row))
+        while (!__all_sync(ALL_LANES, lane >= h.copiers || ld_acquire_cta_u32(&h.done[lane]) >= row))
             ; /* the copiers of this block wait for nobody */
         if (lane == 0 && goes_home(p, b))
             st_release_sys_u64(
@@ -283,12 +284,16 @@ static __device__ bool add_piece(const ll_combine_t &p, const ll_head_t &h, uint
     return true;
 }
 
-static __device__ void adder(const ll_combine_t &p, const ll_head_t &h, uint32_t warp, uint32_t warps)
+/* Whoever has time takes the block's next piece. */
+static __device__ void adder(const ll_combine_t &p, ll_head_t &h)
 {
     uint32_t pieces = (p.l.hidden + LL_SUM_PIECE - 1) / LL_SUM_PIECE;
-    for (uint32_t unit = warp * gridDim.x + blockIdx.x; unit < p.l.tokens * pieces; unit += warps * gridDim.x)
-        if (!add_piece(p, h, unit / pieces, unit % pieces))
+    for (;;) {
+        uint32_t claim = threadIdx.x % 32 ? 0 : atomicAdd(&h.claimed, 1);
+        uint32_t unit = __shfl_sync(ALL_LANES, claim, 0) * gridDim.x + blockIdx.x;
+        if (unit >= p.l.tokens * pieces || !add_piece(p, h, unit / pieces, unit % pieces))
             return;
+    }
 }
 
 /* ---- the kernel ---- */
@@ -310,14 +315,16 @@ static __device__ void tell_left_out(const ll_combine_t &p, const ll_head_t &h)
 __global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_constant__ ll_combine_t p)
 {
     __shared__ ll_head_t h;
-    uint32_t warp = threadIdx.x / 32, first = p.send ? COPIERS + TELLERS : 0;
+    uint32_t warp = threadIdx.x / 32;
     if (p.l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
         return;
-    if (threadIdx.x < COPIERS)
+    if (threadIdx.x < COPIERS_MOST)
         h.done[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         h.n = *(volatile uint64_t *)p.l.r.number;
         h.slot = h.n % p.l.slots;
+        h.copiers = p.by_rank || !p.recv ? COPIERS_MOST : COPIERS_MOST / 2; /* sums: a row in one go, added later */
+        h.claimed = 0;
         h.stop = ht_stopped(p.l.c, h.n, false);
     }
     __syncthreads();
@@ -328,12 +335,12 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_
         if (p.send)
             tell_left_out(p, h);
     }
-    if (p.send && warp < COPIERS)
+    if (p.send && warp < h.copiers)
         copier(p, h);
-    else if (p.send && warp < COPIERS + TELLERS)
-        teller(p, h, warp - COPIERS);
-    else if (p.recv)
-        adder(p, h, warp - first, LL_THREADS / 32 - first);
+    else if (p.send && warp >= LL_THREADS / 32 - TELLERS)
+        teller(p, h, warp - (LL_THREADS / 32 - TELLERS));
+    if (p.recv)
+        adder(p, h);
 }
 
 extern "C" int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, void *stream)

@@ -55,6 +55,7 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
 {
     const ll_common_t &l = p.l;
     uint32_t pairs = l.c.layout.ll.tokens_max * l.topk, mine = l.tokens * l.topk, bad = 0;
+    int64_t first = threadIdx.x < mine ? epx__topk_id(l.topk_idx, l.bits, threadIdx.x) : -1; /* on its way meanwhile */
     if (threadIdx.x / 32 == LL_THREADS / 32 - 1)
         ll_tell_finished(l);
     for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS) {
@@ -69,7 +70,7 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
     if (h.stop)
         return;
     for (uint32_t i = threadIdx.x; i < pairs; i += LL_THREADS) {
-        int64_t given = i < mine ? epx__topk_id(l.topk_idx, l.bits, i) : -1;
+        int64_t given = i == threadIdx.x ? first : i < mine ? epx__topk_id(l.topk_idx, l.bits, i) : -1;
         int64_t id = given < 0 || given >= (int64_t)l.map.experts ? -1 : given;
         bad += id != given;
         for (int k = 1; k <= l.c.ranks; k++) {
@@ -146,7 +147,7 @@ EPX__DEVICE uint32_t wanted(const ll_common_t &l, uint32_t token, int *rank)
     int64_t id = lane < l.topk ? ll_id(l, (size_t)token * l.topk + lane) : -1;
     *rank = id < 0 ? -1 : epx__expert_rank(&l.map, id);
     uint32_t same = __match_any_sync(ALL_LANES, *rank);
-    bool first = *rank >= 0 && (uint32_t)__ffs((int)same) - 1 == lane && !l.masked[*rank];
+    bool first = *rank >= 0 && (uint32_t)__ffs((int)same) - 1 == lane;
     return __ballot_sync(ALL_LANES, first);
 }
 
@@ -204,7 +205,10 @@ static __device__ void send_rows(const ll_dispatch_t &p, ll_head_t &h)
         uint4 a, b;
         load_piece<fp8>(p, t, w * 512, &a, &b); /* while it is found out where to */
         uint32_t ranks = wanted(l, t, &rank);
-        int credit = ranks >> lane & 1 ? credit_of(l, h, rank) : LL_ABSENT;
+        bool mine = ranks >> lane & 1;
+        uint32_t masked = mine ? l.masked[rank] : 1;
+        int credit = !mine || (masked && !l.mask_on_timeout) ? LL_ABSENT : credit_of(l, h, rank);
+        credit = masked ? LL_ABSENT : credit;
         ranks = __ballot_sync(ALL_LANES, credit == LL_CAME);
         if (__any_sync(ALL_LANES, credit == LL_STOP))
             h.stop = 1;
@@ -627,7 +631,7 @@ EPX__DEVICE void enter(const ll_dispatch_t &p, ll_head_t &h)
     if (threadIdx.x == 0) {
         h.n = p.send ? ld_relaxed_sys_u64(&l.state->number) + 1 : *(volatile uint64_t *)l.r.number;
         h.stop = ht_stopped(l.c, h.n, false);
-        h.start = globaltimer_ns();
+        h.start = l.wait_ns ? globaltimer_ns() : 0;
         h.slot = h.n % l.slots;
     }
     __syncthreads();

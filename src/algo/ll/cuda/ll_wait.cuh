@@ -65,14 +65,19 @@ template <bool stamp>
 static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n, const uint64_t *word, uint64_t want,
                                                 int peer, uint32_t stage, const uint64_t *left_out, uint32_t *gone)
 {
-    uint64_t start = globaltimer_ns();
+    uint64_t start = 0;
     for (uint32_t polls = 1;; polls++) {
-        uint64_t seen = stamp ? ld_relaxed_sys_u64(word) : ld_acquire_sys_u64(word);
-        if (ll_is<stamp>(seen, want))
+        /* The word alone, most of the time: each look at something else is time in which it may come. */
+        if (ll_is<stamp>(ld_relaxed_sys_u64(word), want)) {
+            if (!stamp)
+                (void)ld_acquire_sys_u64(word);
             return LL_CAME;
-        if ((polls & 7) != 0)
+        }
+        if ((polls & 63) != 0)
             continue;
-        if (ht_stopped(l.c, n, (polls & 1023) == 0))
+        if (start == 0)
+            start = globaltimer_ns();
+        if (ht_stopped(l.c, n, (polls & 4095) == 0))
             return LL_STOP;
         if (left_out && ld_acquire_sys_u64(left_out) >= n) {
             if (ll_is<stamp>(ld_acquire_sys_u64(word), want))
@@ -92,7 +97,7 @@ static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n
                 ll_give_up(l, n, peer);
             return LL_ABSENT;
         }
-        ht_fault_t f = {EPX_E_TIMEOUT, stage, peer, want, seen, waited};
+        ht_fault_t f = {EPX_E_TIMEOUT, stage, peer, want, ld_relaxed_sys_u64(word), waited};
         ht_fail(l.c, n, f);
         return LL_STOP;
     }

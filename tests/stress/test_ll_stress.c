@@ -1,0 +1,103 @@
+/*
+ * Low latency under stress: 10,000 calls without a barrier anywhere, ranks far apart in time, two calls in flight whose
+ * halves come in any order, memory poisoned before each call. Everything is compared with the reference.
+ *
+ *     stress_test_ll_stress [part of a run's name] [factor in percent] [seed]
+ */
+#include "common/ll_case.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct stress {
+    const char *name;
+    int ranks;
+    bool processes, pairs;
+    uint32_t calls, tokens_max, hidden_max, topk_max, experts, slots;
+    uint64_t delay_ns;
+    uint32_t delay_one_in;
+    int last_rank; /* delays every call of its; -1 none */
+    uint64_t seed;
+} stress_t;
+
+static const stress_t runs[] = {
+    {"10,000 calls", 4, false, false, 10000, 3, 128, 2, 4, 2, 0, 0, -1, 1},
+    {"10,000 calls, pairs", 3, false, true, 4000, 3, 128, 2, 3, 2, 0, 0, -1, 2},
+    {"delays", 4, true, true, 160, 8, 256, 4, 8, 2, 4000000, 12, -1, 3},
+    {"delays, threads", 5, false, true, 160, 8, 256, 4, 10, 3, 4000000, 12, -1, 4},
+    {"rank 0 last", 4, true, false, 120, 8, 256, 4, 8, 2, 2000000, 1, 0, 5},
+    {"rank 3 last, one slot", 4, false, false, 120, 8, 256, 4, 8, 1, 2000000, 1, 3, 6},
+};
+
+typedef struct context {
+    const stress_t *stress;
+    uint32_t calls;
+} context_t;
+
+/* Halves of two calls, each call's own in order, otherwise as every rank likes. */
+static bool run_pair(xl_world_t *w, uint32_t op)
+{
+    xl_call_t c[2];
+    int done[2] = {0, 0};
+    bool good = true;
+    xl_make(&c[0], w, op);
+    xl_make(&c[1], w, op + 1);
+    c[0].whole = false;
+    c[1].whole = false;
+    good = xl_dispatch_send(&c[0]) && xl_dispatch_send(&c[1]);
+    while (good && (done[0] < 3 || done[1] < 3)) {
+        /* A call is not received whole before the other has been received and sent back: peers may wait for it. */
+        int i = (int)xt_random(w->self, 2);
+        if (done[i] == 3 || (done[i] == 2 && done[1 - i] < 2))
+            i = 1 - i;
+        good = done[i] == 0 ? xl_dispatch_recv(&c[i]) : done[i] == 1 ? xl_combine_send(&c[i]) : xl_combine_recv(&c[i]);
+        done[i]++;
+    }
+    xl_fini(&c[0]);
+    xl_fini(&c[1]);
+    return good;
+}
+
+static void body(xt_rank_t *self)
+{
+    const context_t *x = self->context;
+    const stress_t *s = x->stress;
+    static __thread xl_world_t w;
+    epx_buffer_config_t config = {.ll_slots = s->slots};
+    memset(&w, 0, sizeof w);
+    w.seed = s->seed;
+    w.tokens_max = s->tokens_max;
+    w.hidden_max = s->hidden_max;
+    w.topk_max = s->topk_max;
+    w.experts = s->experts;
+    self->delay_ns_max = s->last_rank < 0 || s->last_rank == self->rank ? s->delay_ns : 0;
+    self->delay_one_in = s->delay_one_in;
+    bool good = xl_open(&w, self, &config);
+    for (uint32_t op = 0; good && op < x->calls; op += 2) {
+        good = s->pairs ? run_pair(&w, op) : xl_run(&w, op) && xl_run(&w, op + 1);
+        XT_CHECK(self, good, "call %u", op);
+    }
+    if (good)
+        XT_OK(self, epx_buffer_status(w.buffer));
+    xl_close(&w);
+}
+
+int main(int argc, char **argv)
+{
+    const char *part = argc > 1 ? argv[1] : "";
+    uint32_t percent = argc > 2 ? (uint32_t)atoi(argv[2]) : 100;
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        stress_t s = runs[i];
+        if (!strstr(s.name, part))
+            continue;
+        if (argc > 3)
+            s.seed = (uint64_t)atoll(argv[3]);
+        context_t x = {.stress = &s, .calls = (s.calls * percent + 99) / 100};
+        xt_run_t r = {.name = s.name, .ranks = s.ranks, .threads = 1, .body = body, .context = &x, .seed = s.seed};
+        r.processes = s.processes && !getenv("EPX_TEST_THREADS");
+        r.ranks_per_domain = s.ranks;
+        xt_run(&r);
+    }
+    return xt_done();
+}
