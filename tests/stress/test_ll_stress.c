@@ -13,7 +13,7 @@
 typedef struct stress {
     const char *name;
     int ranks;
-    bool processes, pairs;
+    bool processes, pairs, released; /* released: half of the calls are not combined */
     uint32_t calls, tokens_max, hidden_max, topk_max, experts, slots;
     uint64_t delay_ns;
     uint32_t delay_one_in;
@@ -22,12 +22,13 @@ typedef struct stress {
 } stress_t;
 
 static const stress_t runs[] = {
-    {"10,000 calls", 4, false, false, 10000, 3, 128, 2, 4, 2, 0, 0, -1, 1},
-    {"10,000 calls, pairs", 3, false, true, 4000, 3, 128, 2, 3, 2, 0, 0, -1, 2},
-    {"delays", 4, true, true, 160, 8, 256, 4, 8, 2, 4000000, 12, -1, 3},
-    {"delays, threads", 5, false, true, 160, 8, 256, 4, 10, 3, 4000000, 12, -1, 4},
-    {"rank 0 last", 4, true, false, 120, 8, 256, 4, 8, 2, 2000000, 1, 0, 5},
-    {"rank 3 last, one slot", 4, false, false, 120, 8, 256, 4, 8, 1, 2000000, 1, 3, 6},
+    {"10,000 calls", 4, false, false, false, 10000, 3, 128, 2, 4, 2, 0, 0, -1, 1},
+    {"10,000 calls, pairs", 3, false, true, false, 4000, 3, 128, 2, 3, 2, 0, 0, -1, 2},
+    {"delays", 4, true, true, false, 160, 8, 256, 4, 8, 2, 4000000, 12, -1, 3},
+    {"delays, threads", 5, false, true, false, 160, 8, 256, 4, 10, 3, 4000000, 12, -1, 4},
+    {"rank 0 last", 4, true, false, false, 120, 8, 256, 4, 8, 2, 2000000, 1, 0, 5},
+    {"released", 4, false, false, true, 160, 40, 1024, 4, 8, 1, 0, 0, -1, 7},
+    {"rank 3 last, one slot", 4, false, false, false, 120, 8, 256, 4, 8, 1, 2000000, 1, 3, 6},
 };
 
 typedef struct context {
@@ -59,6 +60,18 @@ static bool run_pair(xl_world_t *w, uint32_t op)
     return good;
 }
 
+/* Dispatch only: nothing but 'taken' tells the next call's senders that the slot is free. */
+static bool run_released(xl_world_t *w, uint32_t op)
+{
+    xl_call_t c;
+    xl_make(&c, w, op);
+    bool good = xl_dispatch_send(&c) && xl_dispatch_recv(&c);
+    if (good)
+        epx_ll_handle_release(c.handle, w->self->memory->stream());
+    xl_fini(&c);
+    return good;
+}
+
 static void body(xt_rank_t *self)
 {
     const context_t *x = self->context;
@@ -75,7 +88,10 @@ static void body(xt_rank_t *self)
     self->delay_one_in = s->delay_one_in;
     bool good = xl_open(&w, self, &config);
     for (uint32_t op = 0; good && op < x->calls; op += 2) {
-        good = s->pairs ? run_pair(&w, op) : xl_run(&w, op) && xl_run(&w, op + 1);
+        if (s->released && op / 2 % 2)
+            good = run_released(&w, op) && run_released(&w, op + 1);
+        else
+            good = s->pairs ? run_pair(&w, op) : xl_run(&w, op) && xl_run(&w, op + 1);
         XT_CHECK(self, good, "call %u", op);
     }
     if (good)
