@@ -339,8 +339,10 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
                            .context = call};
     memcpy(ll->done, ll->masked, ranks);
     EPX__TRY(epx__ll_serve_all(ll, &wait));
-    if (EPX__MUTATE(ll_taken_first))
+    if (EPX__MUTATE(ll_taken_first)) {
         tell_taken(ll, call);
+        epx__sleep_ns(300000);
+    }
     spread(ll, call);
     tell_taken(ll, call);
     return EPX_OK;
