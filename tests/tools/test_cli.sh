@@ -159,6 +159,8 @@ benches() {
 }
 
 check() {
+    good "59023360 bytes" info --plan --ranks 8 --tokens 128 --hidden 7168 --topk 8 --experts 256
+    refuse "whole number" info --plan --slots 0
     good "9 of 9 pairs work" check --backend cpu --ranks 3
     good "1 of 1 pairs work" check --backend cpu --ranks 1
     good "16 of 16 pairs work" check --backend cpu --ranks 4 --threads-as-ranks

@@ -3,6 +3,8 @@
 #include "options.h"
 #include "ranks.h"
 
+#include <epx/ll.h>
+
 #include <stdio.h>
 #include <string.h>
 #include <sys/utsname.h>
@@ -81,9 +83,36 @@ static void show_environment(void)
     }
 }
 
+/* Bytes that low latency of that shape takes on each rank, by part. */
+static int show_plan(epx_ll_plan_t *plan)
+{
+    plan->size = sizeof *plan;
+    if (epx_ll_plan(plan)) {
+        fprintf(stderr, "epx info: %s\n", epx_error_detail());
+        return 1;
+    }
+    const struct {
+        const char *name;
+        uint64_t bytes;
+        const char *what;
+    } parts[] = {{"dispatch", plan->dispatch_bytes, "a row for each token of each rank"},
+                 {"combine", plan->combine_bytes, "a row for each choice of each own token"},
+                 {"ids", plan->ids_bytes, "ids and weights of every rank's tokens"},
+                 {"words", plan->words_bytes, "arrival and credit"},
+                 {"window", plan->window_bytes, "together"},
+                 {"zero copy", plan->zero_copy_bytes, "ordinary memory, only with ll_zero_copy"}};
+    printf("low latency on each of %u ranks: %u tokens a rank, hidden %u, top-%u of %u, %u slots\n", plan->ranks,
+           plan->tokens_max, plan->hidden, plan->topk, plan->experts, plan->slots);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        printf("  %-12s %14llu bytes %9.1f MB  %s\n", parts[i].name, (unsigned long long)parts[i].bytes,
+               (double)parts[i].bytes * 1e-6, parts[i].what);
+    return 0;
+}
+
 int command_info(int argc, char **argv)
 {
-    long ranks = 2, domains = 0;
+    long ranks = 2, domains = 0, tokens = 128, hidden = 7168, topk = 8, experts = 256, slots = 2;
+    bool plan_only = false;
     int backend = 0;
     const char *net = NULL;
     const option_t table[] = {
@@ -91,6 +120,12 @@ int command_info(int argc, char **argv)
         {"--backend", OPTION_CHOICE, &backend, 0, 0, "auto,cpu,cuda", "WHICH", "auto (default), cpu or cuda"},
         {"--domains", OPTION_NUMBER, &domains, 1, RANKS_MAX, NULL, "D", "split the ranks into D domains"},
         {"--net", OPTION_TEXT, &net, 0, 0, NULL, "NET", "network between domains"},
+        {"--plan", OPTION_FLAG, &plan_only, 0, 0, NULL, NULL, "only the bytes that low latency takes, for:"},
+        {"--tokens", OPTION_NUMBER, &tokens, 1, 1 << 20, NULL, "N", "tokens a rank; default 128"},
+        {"--hidden", OPTION_NUMBER, &hidden, 1, 1 << 24, NULL, "N", "elements a row; default 7168"},
+        {"--topk", OPTION_NUMBER, &topk, 1, EPX_TOPK_MAX, NULL, "N", "experts a token chooses; default 8"},
+        {"--experts", OPTION_NUMBER, &experts, 1, 1 << 16, NULL, "N", "of all ranks together; default 256"},
+        {"--slots", OPTION_NUMBER, &slots, 1, 1024, NULL, "N", "calls in flight; default 2"},
     };
     const option_set_t set = {"info", "What this machine offers, what epx would choose, each with its reason.",
                               table,  sizeof table / sizeof *table,
@@ -101,6 +136,13 @@ int command_info(int argc, char **argv)
     if (domains && ranks % domains)
         return options_refuse("info", "--domains %ld: domains have equal sizes, so they must divide --ranks %ld",
                               domains, ranks);
+    if (plan_only) {
+        epx_ll_plan_t plan = {.ranks = (uint32_t)ranks, .tokens_max = (uint32_t)tokens, .hidden = (uint32_t)hidden};
+        plan.topk = (uint32_t)topk;
+        plan.experts = (uint32_t)experts;
+        plan.slots = (uint32_t)slots;
+        return show_plan(&plan);
+    }
     show_machine();
     show_backends();
     epx_group_config_t config = {.backend = (epx_backend_t)backend, .net = net};
