@@ -82,11 +82,12 @@ static epx_status_t check_mail(epx__half_t *half, const epx__ht_peer_t *peer)
     if (EPX__MUTATE(no_kind_check))
         return EPX_OK;
     if (mail->kind != (uint32_t)half->kind)
-        return epx__half_fail(
-            half, EPX_E_MISMATCH, peer->rank,
-            "collective %" PRIu64 " of this buffer is %s on rank %d but %s on rank %d; all ranks must make "
-            "the same calls in the same order",
-            half->sequence, epx__half_kind(half->kind), half->ht->exchange->rank, epx__half_kind(mail->kind), peer->rank);
+        return epx__half_fail(half, EPX_E_MISMATCH, peer->rank,
+                              "collective %" PRIu64
+                              " of this buffer is %s on rank %d but %s on rank %d; all ranks must make "
+                              "the same calls in the same order",
+                              half->sequence, epx__half_kind(half->kind), half->ht->exchange->rank,
+                              epx__half_kind(mail->kind), peer->rank);
     if (mail->generation != half->generation)
         return epx__half_fail(
             half, EPX_E_MISMATCH, peer->rank,
