@@ -206,7 +206,8 @@ int main(int argc, char **argv)
         snprintf(spec, sizeof spec, "sim:%d", seed);
         suite(spec, iterations, false);
     }
-    if (here("ofi:tcp"))
+    /* Under TSan not: libfabric is not instrumented, and nine of its ranks on two cores outlast any deadline. */
+    if (!getenv("EPX_TEST_THREADS") && here("ofi:tcp"))
         suite("ofi:tcp", iterations, true);
     return xt_done();
 }
