@@ -344,6 +344,9 @@ static void leave(epx__proxy_t *proxy, epx__deadline_t *deadline)
         pthread_mutex_unlock(&proxy->lock);
         epx_host_wait_turn(turn);
     }
+    proxy->net->unclean = stage < 3;
+    for (uint32_t i = 0; i < proxy->lane_count; i++)
+        proxy->net->unclean |= proxy->lanes[i].dead;
 }
 
 void epx__channels_destroy(epx__channels_t *self)

@@ -100,6 +100,7 @@ struct epx__net {
     size_t put_bytes_max; /* of one put; the caller splits */
     const char *why;      /* one line: what was chosen and why. Lives as long as the endpoint */
     bool device_memory;   /* enroll takes GPU memory */
+    bool unclean;         /* set by the user before close: some peer was lost, or did not say that all is done */
 };
 
 /*

@@ -54,6 +54,7 @@ typedef struct ofi {
     epx__net_memory_t *scratch_memory;
     epx__net_key_t scratch_key;
     char why[240];
+    struct ofi *left_before; /* of endpoints that could not be closed */
 } ofi_t;
 
 extern const epx__net_host_t *epx__ofi_host;
