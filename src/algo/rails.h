@@ -22,6 +22,10 @@
 #include "plan/topology.h"
 
 enum { EPX__RAIL_MESSAGES = 0, EPX__RAIL_DATA = 1, EPX__RAIL_CREDIT = 2, EPX__RAIL_CHANNELS = 3 };
+enum {
+    EPX__RAILS_MEMORY_RAILS = 0,
+    EPX__RAILS_MEMORY_WINDOW = 1
+};                            /* of the channels: the rails window, the buffer's */
 enum { EPX__RAIL_INBOX = 4 }; /* messages deep: no rank is more than two halves ahead of its domain, nor of its rails */
 
 /* What rank `domain index` i writes here about the stream of domain d, and what others write back. Rows, ever. */

@@ -107,7 +107,9 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
 static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
     epx_group_t *group = buffer->group;
-    epx_channel_memory_t memory = {rails->window.base, rails->layout.total, 0};
+    /* By number: EPX__RAILS_MEMORY_RAILS, EPX__RAILS_MEMORY_WINDOW. */
+    epx_channel_memory_t memories[] = {{rails->window.base, rails->layout.total, 0},
+                                       {buffer->x.window.base, buffer->x.layout.total_bytes, 0}};
     for (int d = 0; d < group->topology.domains; d++)
         own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
     uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
@@ -120,8 +122,9 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
         .nic = epx__env_text(EPX__ENV_NIC),
         .channels = EPX__RAIL_CHANNELS,
         .proxies = 1,
-        .memories = &memory,
-        .memory_count = 1,
+        .memories = memories,
+        .memory_count = 2,
+        .any_sources = true,
         .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
         .allgather = gather,
         .allgather_context = group,

@@ -31,6 +31,7 @@
 
 #define EPX__CHANNELS_MEMORIES 16
 #define EPX__CHANNELS_PROXIES 32
+#define EPX__MEMORY_ANY UINT32_MAX /* as a source: all memory of this process; its offsets are addresses */
 
 enum { EPX__NOTICE_PUT = 0, EPX__NOTICE_SIGNAL = 1, EPX__NOTICE_ADD = 2, EPX__NOTICE_CREDIT = 3 };
 
@@ -47,6 +48,7 @@ typedef struct epx__channels_config {
     uint32_t memory_count; /* equal on all ranks */
     bool no_threads;       /* the caller steps the proxies itself (tests; algorithms that wait anyway) */
     bool device_producers; /* GPU threads push: `tickets` is GPU memory, proxies do not sleep */
+    bool any_sources;      /* requests may name EPX__MEMORY_ANY, where the network can: see epx__channels_any */
     uint64_t *tickets;     /* [epx_channels_tickets()] zeroed words, or NULL: in the host block */
     uint64_t timeout_ms;
     /* Every rank's `bytes` into all, in rank order. Collective, in create only. 0 is success. */
@@ -112,6 +114,7 @@ typedef struct epx__proxy {
     int wake_fd;
     atomic_uint helpers; /* threads that step this proxy while they wait: its own thread keeps out */
     atomic_bool stop;
+    bool halted; /* under `lock`: never step again; `net` is closed */
 } epx__proxy_t;
 
 struct epx_channels {
@@ -131,6 +134,7 @@ struct epx_channels {
     char words[512];
     atomic_ullong net_bytes, net_puts, credits;
     size_t put_bytes_max;
+    bool any_sources; /* asked for, and the network can */
     char why[320];
     /* src/api's: the memory channels' table, and what it must undo. */
     epx_memory_channel_t *mapped; /* [ranks * channels] or NULL */
@@ -177,6 +181,16 @@ void epx__channels_left(epx__proxy_t *proxy, uint32_t rank);
 void epx__channels_help_begin(epx__channels_t *self);
 bool epx__channels_help(epx__channels_t *self);
 void epx__channels_help_end(epx__channels_t *self);
+/* May requests name EPX__MEMORY_ANY as their source? */
+bool epx__channels_any(const epx__channels_t *self);
+/* For good: closes the endpoints, so that nothing that was pushed is read any more. Channels refuse what comes. */
+void epx__channels_halt(epx__channels_t *self);
+/* Under the proxy's lock, or when nobody else has it: withdraw its memory, close its endpoint. */
+void epx__proxy_close_net(epx__proxy_t *proxy);
+/* Room for n more requests on this channel, whose only producer asks: pushing them will not wait. */
+bool epx__channels_room(const epx_port_channel_t *channel, uint64_t n);
+/* Everything pushed on this channel, whose only producer asks, has taken effect at the peer. */
+bool epx__channels_applied(const epx_port_channel_t *channel);
 /* Somebody else knows that `rank` is gone (the bootstrap). Any thread. */
 void epx__channels_lost(epx__channels_t *self, int rank);
 

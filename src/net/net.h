@@ -18,7 +18,7 @@
 
 #include <epx/status.h>
 
-#define EPX__NET_ABI 1u
+#define EPX__NET_ABI 2u
 
 typedef struct epx__net_config {
     const char *argument; /* what follows the colon of "ofi:tcp" or "sim:7"; NULL when nothing does */
@@ -97,11 +97,19 @@ typedef struct epx__net_ops {
 /* The part of every endpoint that the table's users see. */
 struct epx__net {
     const epx__net_ops_t *ops;
-    size_t put_bytes_max; /* of one put; the caller splits */
-    const char *why;      /* one line: what was chosen and why. Lives as long as the endpoint */
-    bool device_memory;   /* enroll takes GPU memory */
-    bool unclean;         /* set by the user before close: some peer was lost, or did not say that all is done */
+    size_t put_bytes_max;         /* of one put; the caller splits */
+    const char *why;              /* one line: what was chosen and why. Lives as long as the endpoint */
+    bool device_memory;           /* enroll takes GPU memory */
+    const epx__net_memory_t *any; /* stands for all of this process's memory as a source: its offsets are addresses.
+                                     NULL: sources must be enrolled */
+    bool unclean; /* set by the user before close: some peer was lost, or did not say that all is done */
 };
+
+/* Where in a memory a put's bytes come from. By numbers: the memory that stands for all begins at address 0. */
+static inline const char *epx__net_at(const char *base, size_t offset)
+{
+    return (const char *)((uintptr_t)base + offset);
+}
 
 /*
  * Open the endpoint that `spec` names: "ofi", "ofi:PROVIDER", "loop", "sim", "sim:SEED"; NULL or "" is "ofi".

@@ -75,6 +75,8 @@ epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config)
     size_t most = self->info->ep_attr->max_msg_size;
     self->net.put_bytes_max = most > SIZE_MAX / 2 ? SIZE_MAX / 2 : most;
     self->net.device_memory = false;
+    self->any = (epx__net_memory_t){.bytes = SIZE_MAX};
+    self->net.any = self->info->domain_attr->mr_mode & FI_MR_LOCAL ? NULL : &self->any;
     self->cq_most = strstr(provider, "verbs") ? 8192 : 65536;
     snprintf(self->why, sizeof self->why,
              "%s on %s (%s; %s), libfabric %u.%u, GPU memory staged: this build asks for none",

@@ -299,6 +299,8 @@ epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms)
     ht->self->posted = ht->self->heard = true;
     epx__ht_rails_start(half);
     epx_status_t status = run(half);
+    if (status != EPX_OK && half->lent) /* the caller may free it as soon as it is told */
+        epx__channels_halt(ht->rails->rails->channels);
     epx__ht_rails_end(half);
     return status;
 }

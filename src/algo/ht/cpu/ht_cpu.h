@@ -94,6 +94,7 @@ struct epx__half {
     size_t (*rail_fill)(epx__half_t *half, int domain, struct epx__rail_message *message);
     void (*rail_heard)(epx__half_t *half);
     bool rails_done, helping;
+    bool lent; /* the network was given memory of the caller's to read */
     void (*blame)(epx__half_t *half, epx__blame_t *blame);
     void *job;
 };

@@ -196,6 +196,36 @@ static void rail_part(void *context, int part, int parts)
     }
 }
 
+/*
+ * With one rank a domain, a domain's sum of a token is its one row: adding it to +0 and rounding changes nothing that
+ * the owner's sum would show (-0 becomes +0, in there as well). So rows that the network can read where they are are
+ * put from there, a chunk at a time.
+ */
+static bool rows_are_sums(const combine_job_t *job, const source_t *own, epx__rail_source_t *source)
+{
+    const epx_combine_t *args = job->args;
+    if (job->rails->members != 1 || job->record != job->row_bytes || args->x_stride_bytes != job->row_bytes)
+        return false;
+    return epx__rail_source(job->rails, (const uint8_t *)args->x + own->start * job->row_bytes,
+                            own->count * job->row_bytes, source);
+}
+
+static bool rail_step_straight(epx__half_t *half, combine_job_t *job, epx__ht_rail_t *rail, source_t *own,
+                               epx__rail_source_t source)
+{
+    epx__ht_rails_t *rails = job->rails;
+    uint32_t room = epx__rail_room(rails, rail);
+    if (room == 0 || !epx__rail_chunk_room(rail))
+        return false;
+    source.offset += own->cursor * job->row_bytes;
+    if (!epx__rail_put_from(half, rails, rail, &source))
+        return true; /* the half has failed */
+    own->cursor += room;
+    epx__rail_words_t *words = epx__rails_words(rails->rails, 0, 0, rail->domain);
+    epx__word_post(job->ht->self, &words->read, rails->pulled[at(job, 0, rail->domain)] + own->cursor);
+    return true;
+}
+
 static bool rail_step(epx__half_t *half, combine_job_t *job, epx__ht_rail_t *rail)
 {
     epx__ht_rails_t *rails = job->rails;
@@ -206,6 +236,12 @@ static bool rail_step(epx__half_t *half, combine_job_t *job, epx__ht_rail_t *rai
     size_t mask_bytes = rails->rails->layout.mask_bytes, members = (size_t)rails->members;
     const uint8_t *masks = job->crossing->in_mask + (size_t)d * rails->rails->tokens_max * mask_bytes;
     uint8_t *ring = (uint8_t *)rails->rails->window.base + epx__rails_send(rails->rails, d);
+    source_t *self = &job->sources[at(job, rails->index, d)];
+    epx__rail_source_t source;
+    if (rows_are_sums(job, self, &source))
+        return rail_step_straight(half, job, rail, self, source);
+    if (!epx__rail_chunk_room(rail))
+        return false;
     if (room == 0)
         return epx__rail_put(half, rails, rail);
     remember(job, d, before);
@@ -431,6 +467,7 @@ static epx__step_t work(epx__half_t *half)
         }
     for (int d = 0; d < rails->domains; d++)
         done &= d == rails->home || rails->rail[d].in.freed == rails->rail[d].in.total;
+    done = done && epx__rail_let_go(rails);
     if (half->status != EPX_OK)
         return EPX__STEP_FAILED;
     return done ? EPX__STEP_DONE : moved ? EPX__STEP_MOVED : EPX__STEP_STUCK;
@@ -452,6 +489,7 @@ static void blame(epx__half_t *half, epx__blame_t *out)
         if (d != rails->home && rail->out.moved < rail->out.total)
             epx__blame_rank(out, rail->rank, "room in its receive ring", rail->out.total, rail->out.moved);
     }
+    epx__rail_blame_straight(rails, out);
     for (int i = 0; i < rails->members; i++)
         for (int d = 0; d < rails->domains; d++) {
             uint64_t expected = rails->lent[at(job, i, d)] + job->stages[at(job, i, d)].count;

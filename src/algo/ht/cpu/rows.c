@@ -355,6 +355,18 @@ static epx_status_t hear(epx__half_t *half, epx__ht_peer_t *peer, const void *ta
     return EPX_OK;
 }
 
+static size_t rail_fill(epx__half_t *half, int domain, epx__rail_message_t *message)
+{
+    const rows_job_t *job = half->job;
+    return epx__rail_rows_fill(half->ht, job->handle, job->target, &job->shape, domain, message);
+}
+
+static void rail_heard(epx__half_t *half)
+{
+    const rows_job_t *job = half->job;
+    epx__rail_rows_heard(half->ht, &job->shape);
+}
+
 static epx__step_t work(epx__half_t *half)
 {
     rows_job_t *job = half->job;
@@ -476,7 +488,7 @@ epx_status_t epx__ht_cpu_rows(epx__exchange_t *exchange, epx__exchange_handle_t 
     job.streaming = exchange->streaming && (uint64_t)args->tokens * rows->row_bytes > STREAM_BYTES;
     EPX__TRY(init_lanes(&job));
     if (ht->rails)
-        EPX__TRY(epx__rail_rows_init(ht, handle, &job.shape));
+        EPX__TRY(epx__rail_rows_init(ht, handle, &job.shape, target));
 
     uint64_t shape = epx__shape_mix(0, job.shape.row_bytes);
     shape = epx__shape_mix(shape, rows->side_elem_bytes * 1000003u + rows->side_elems);
@@ -489,6 +501,8 @@ epx_status_t epx__ht_cpu_rows(epx__exchange_t *exchange, epx__exchange_handle_t 
                         .fill = fill,
                         .hear = hear,
                         .work = work,
+                        .rail_fill = rail_fill,
+                        .rail_heard = rail_heard,
                         .blame = blame,
                         .job = &job};
     EPX__TRY(epx__half_run(&half, args->timeout_ms));
