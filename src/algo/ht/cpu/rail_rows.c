@@ -105,18 +105,6 @@ typedef struct piece {
     uint32_t from, to; /* rows of the stream; pulls: of my list */
 } piece_t;
 
-static void gather_side(const epx_rows_t *rows, uint8_t *to, int64_t token)
-{
-    const uint8_t *from = (const uint8_t *)rows->side + token * rows->side_token_stride_bytes;
-    size_t elem = rows->side_elem_bytes;
-    if (rows->side_elem_stride_bytes == (int64_t)elem) {
-        memcpy(to, from, elem * rows->side_elems);
-        return;
-    }
-    for (uint32_t i = 0; i < rows->side_elems; i++)
-        memcpy(to + i * elem, from + (int64_t)i * rows->side_elem_stride_bytes, elem);
-}
-
 static void gather_part(void *context, int part, int parts)
 {
     const piece_t *piece = context;
@@ -137,7 +125,7 @@ static void gather_part(void *context, int part, int parts)
             at += shape->row_bytes;
         }
         if (shape->side_bytes)
-            gather_side(piece->rows, at, (int64_t)t);
+            epx__side_row(piece->rows, at, (int64_t)t);
         at += shape->side_bytes;
         if (ids)
             memcpy(at, (const uint8_t *)args->topk_idx + t * ids, ids);

@@ -53,18 +53,6 @@ typedef struct rows_job {
 
 /* ---- one row ---- */
 
-static void write_side(const epx_rows_t *rows, uint8_t *to, int64_t token)
-{
-    const uint8_t *from = (const uint8_t *)rows->side + token * rows->side_token_stride_bytes;
-    size_t elem = rows->side_elem_bytes;
-    if (rows->side_elem_stride_bytes == (int64_t)elem) {
-        memcpy(to, from, elem * rows->side_elems);
-        return;
-    }
-    for (uint32_t i = 0; i < rows->side_elems; i++)
-        memcpy(to + i * elem, from + (int64_t)i * rows->side_elem_stride_bytes, elem);
-}
-
 /* An expert's number at `rank`, -1 when it is not there. Which ids are there is as random as routing is: no branch on
  * it in the usual case of equal blocks. */
 static inline int64_t local_at(const epx__experts_t *map, int64_t id, int rank)
@@ -108,7 +96,7 @@ static void write_row(const rows_job_t *job, const epx_place_t *place, size_t ro
     epx__copy_row((uint8_t *)place->x + row * rows->row_bytes, (const uint8_t *)rows->x + token * rows->x_stride_bytes,
                   rows->row_bytes, job->streaming);
     if (place->side)
-        write_side(rows, (uint8_t *)place->side + row * job->shape.side_bytes, (int64_t)token);
+        epx__side_row(rows, (uint8_t *)place->side + row * job->shape.side_bytes, (int64_t)token);
     if (job->shape.topk)
         write_topk(job, place, row, token, rank);
     if (place->src_token)
