@@ -9,8 +9,9 @@
  *   target     the proxy marks what has arrived and carries out each lane in sequence order: signals counted, adds
  * done, nothing for a plain put (its bytes are there). Each counts one that is owed to the sender credit     a notice
  * of its own kind, "n more applied", outside of sequence and window; sums, so order does not matter. Told when a
- * quarter of the window is owed, and always before the proxy goes idle. n = 0 is "I leave": nothing more will be
- * applied, do not wait for it
+ * quarter of the window is owed, and always before the proxy goes idle. n = 0 is "I leave": with it come the numbers of
+ * requests applied on each channel, ever, since credit told before may arrive later; what is not among them never will
+ * be
  *
  * A lane is one channel of one peer at the receiving proxy. Its number is the same for what the peer sends and for the
  * credit it gives: (peer / proxies) * channels + channel, at proxy (peer mod proxies). Both ends compute it.
@@ -69,6 +70,8 @@ typedef struct epx__block_layout {
     size_t head;    /* [proxies] lines, producers */
     size_t tail;    /* [proxies] lines, proxy */
     size_t asleep;  /* [proxies] lines, proxy */
+    size_t bye_in;  /* [ranks * channels] words, the network: what a peer that leaves has applied */
+    size_t bye_out; /* [ranks * channels] words, own proxy */
     size_t add_in;  /* [ranks * channels][window] add slots, the network */
     size_t add_out; /* [ranks * channels][window] add slots, own proxy */
     size_t slots;   /* [proxies][fifo_slots] requests */

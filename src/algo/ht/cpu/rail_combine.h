@@ -36,11 +36,11 @@ typedef struct epx__combine_member {
 #define EPX__COMBINE_BATCH 64u
 typedef struct epx__combine_batch {
     uint32_t n;
-    int count[EPX__COMBINE_BATCH];        /* rows of the own domain */
-    uint8_t *to[EPX__COMBINE_BATCH];      /* rail: where the sum goes */
-    const void **rows;       /* [EPX__COMBINE_BATCH][members] */
-    const uint8_t **weights; /* [EPX__COMBINE_BATCH][members] */
-    const uint8_t **sums;    /* [EPX__COMBINE_BATCH][domains], owner */
+    int count[EPX__COMBINE_BATCH];   /* rows of the own domain */
+    uint8_t *to[EPX__COMBINE_BATCH]; /* rail: where the sum goes */
+    const void **rows;               /* [EPX__COMBINE_BATCH][members] */
+    const uint8_t **weights;         /* [EPX__COMBINE_BATCH][members] */
+    const uint8_t **sums;            /* [EPX__COMBINE_BATCH][domains], owner */
 } epx__combine_batch_t;
 
 typedef struct epx__rail_combine {
@@ -55,12 +55,12 @@ typedef struct epx__rail_combine {
     bool weights, streaming;
     size_t record; /* of a sum on the network: row, then weights */
     epx__row_shape_t staged;
-    uint64_t stage_rows; /* of one of my rings */
-    epx__combine_member_t *members;   /* [members] */
-    epx__combine_source_t *sources;   /* [members][domains] */
-    epx__combine_stage_t *stages;     /* [members][domains] */
-    uint32_t token;      /* owner: next */
-    uint32_t *came;      /* [domains] owner: rows used of that domain's sums */
+    uint64_t stage_rows;            /* of one of my rings */
+    epx__combine_member_t *members; /* [members] */
+    epx__combine_source_t *sources; /* [members][domains] */
+    epx__combine_stage_t *stages;   /* [members][domains] */
+    uint32_t token;                 /* owner: next */
+    uint32_t *came;                 /* [domains] owner: rows used of that domain's sums */
     epx__combine_batch_t *batch;
 } epx__rail_combine_t;
 
@@ -78,7 +78,8 @@ static inline size_t epx__combine_ring_bytes(const epx__rail_combine_t *job)
 
 static inline uint8_t *epx__combine_ring_at(const epx__rail_combine_t *job, uint8_t *window, int reader, int domain)
 {
-    return window + job->ht->exchange->layout.reserve_offset + epx__combine_at(job, reader, domain) * epx__combine_ring_bytes(job);
+    return window + job->ht->exchange->layout.reserve_offset +
+           epx__combine_at(job, reader, domain) * epx__combine_ring_bytes(job);
 }
 
 /* rail_combine_rows.c: see what has come from the members for domain d's tokens; how far they were read before, and

@@ -30,8 +30,8 @@ static bool rows_are_sums(const epx__rail_combine_t *job, const epx__combine_sou
                             own->count * job->row_bytes, source);
 }
 
-static bool rail_step_straight(epx__half_t *half, epx__rail_combine_t *job, epx__ht_rail_t *rail, epx__combine_source_t *own,
-                               epx__rail_source_t source)
+static bool rail_step_straight(epx__half_t *half, epx__rail_combine_t *job, epx__ht_rail_t *rail,
+                               epx__combine_source_t *own, epx__rail_source_t source)
 {
     epx__ht_rails_t *rails = job->rails;
     uint32_t room = epx__rail_room(rails, rail);

@@ -1,5 +1,5 @@
-/* Combine with several domains: where a member's rows are, and how far they have been read; and the other side of it, the
- * expert that stages rows which do not lie in the window. */
+/* Combine with several domains: where a member's rows are, and how far they have been read; and the other side of it,
+ * the expert that stages rows which do not lie in the window. */
 #include "algo/ht/cpu/rail_combine.h"
 
 #include <string.h>
@@ -7,7 +7,8 @@
 /* ---- reading rows of a member ---- */
 
 /* Where member e's row j for (domain d, my index) is, and its weights. */
-static const uint8_t *row_of(const epx__rail_combine_t *job, int e, int d, size_t start, uint32_t j, const uint8_t **weights)
+static const uint8_t *row_of(const epx__rail_combine_t *job, int e, int d, size_t start, uint32_t j,
+                             const uint8_t **weights)
 {
     const epx__combine_member_t *m = &job->members[e];
     const uint8_t *x = m->x + (start + j) * m->x_stride;
@@ -16,7 +17,8 @@ static const uint8_t *row_of(const epx__rail_combine_t *job, int e, int d, size_
         return x;
     epx__row_shape_t shape = {
         .row_bytes = m->x_staged ? job->row_bytes : 0, .topk = m->weights_staged ? job->topk : 0, .weights = 1};
-    epx_place_t ring = epx__place_at(epx__combine_ring_at(job, job->ht->peers[e].base, job->rails->index, d), &shape, m->ring_rows);
+    epx_place_t ring =
+        epx__place_at(epx__combine_ring_at(job, job->ht->peers[e].base, job->rails->index, d), &shape, m->ring_rows);
     size_t slot = j % m->ring_rows;
     if (m->x_staged)
         x = (const uint8_t *)ring.x + slot * job->row_bytes;

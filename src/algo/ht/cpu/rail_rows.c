@@ -287,7 +287,7 @@ static bool pull_step(piece_t *piece)
     epx__rail_words_t *mine = epx__rails_words(rails->rails, piece->member, rails->index, piece->rail->domain);
     if (EPX__MUTATE(rail_taken_first) && n) { /* and wide enough a gap to be seen */
         epx__word_post(&ht->peers[piece->member], &mine->taken, rails->streamed[at] + arrived);
-        epx__sleep_ns(300000);
+        epx__sleep_ns(2000000);
     }
     if (n)
         epx__workers_run(ht->workers, pull_part, piece);
