@@ -82,6 +82,7 @@ static epx_status_t proxy_init(epx__channels_t *self, uint32_t index, epx__net_a
         return epx__fail(EPX_E_NOMEM, "proxy %u: no memory for keys of %u ranks", index, self->ranks);
     epx__net_config_t config = {.address = self->config.address,
                                 .nic = self->config.nic,
+                                .turn = self->rank * self->proxies + index,
                                 .peers_max = self->ranks,
                                 .puts_max = PUTS_MAX,
                                 .notices_max = proxy->lane_count * self->window * 2,
