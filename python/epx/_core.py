@@ -171,16 +171,17 @@ class Lease:
 class CoreHandle:
     """Holds one epx_handle_t (or epx_ll_handle_t): what a dispatch decided.
 
+    rows       received, or worst
     borrowed   what the C library may still write to: between the halves of a low-latency call a handle that is given back
                first takes out what was sent, into the outputs that the call named
     """
 
-    __slots__ = ("core", "pointer", "stream", "kind", "captured", "borrowed", "tokens", "topk", "experts", "worst", "event",
-                 "__weakref__")
+    __slots__ = ("core", "pointer", "stream", "kind", "captured", "borrowed", "tokens", "topk", "experts", "worst", "rows",
+                 "event", "__weakref__")
 
     def __init__(self, core, pointer, stream, kind="handle", captured=False):
         self.core, self.pointer, self.stream, self.kind, self.captured = core, pointer, stream, kind, captured
-        self.tokens = self.topk = self.experts = self.worst = 0
+        self.tokens = self.topk = self.experts = self.worst = self.rows = 0
         self.event = self.borrowed = None
 
     def __del__(self):

@@ -78,7 +78,7 @@ class Turn:
             return tensor.contiguous()
 
     def outputs(self, *tensors):
-        """What the call made: outside of the current stream it is in use on both."""
+        """What the call made (of torch's memory): outside of the current stream it is in use on both."""
         self.made = tensors
 
     def __exit__(self, kind, _value, _trace):

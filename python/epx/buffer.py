@@ -139,12 +139,16 @@ class Buffer(Normal, LowLatency):
         self._device = torch.device("cuda", core.device) if core.cuda else torch.device("cpu")
         self._comm_stream = torch.cuda.Stream(self._device, priority=-1) if core.cuda else None
         self._scratch = self._last_stream = None
-        self._expert_rank = expert_rank
+        self._expert_rank, self._window = expert_rank, lease_bytes
         self._op_number = next(_numbers)
         _numbered[self._op_number] = self
         self.runtime = Runtime(self)
-        self._ll_start(dict(timeout_ms=timeout_ms, topk_max=topk_max, experts_max=experts_max, expert_rank=expert_rank,
-                            ll_slots=ll_slots, ll_mask_on_timeout=int(enable_shrink)))
+        try:
+            self._ll_start(dict(timeout_ms=timeout_ms, topk_max=topk_max, experts_max=experts_max, expert_rank=expert_rank,
+                                ll_slots=ll_slots, ll_mask_on_timeout=int(bool(enable_shrink))))
+        except BaseException:
+            core.close()  # whoever catches this holds on to the half-made buffer
+            raise
 
     # -- life --
 
@@ -230,14 +234,15 @@ class Buffer(Normal, LowLatency):
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
         """Window memory as a tensor: dtype, shape `size` (default: flat, all of it), `offset` bytes in.
 
-        The piece is the same at every call and the program's own; peers do not write to it.
+        The piece (num_nvl_bytes or num_rdma_bytes, whichever is asked for first; at most 64 MiB) is the same at every call and
+        the program's own; peers do not write to it. Raises Busy when received tensors hold the window; InvalidArgument.
         """
         import torch
 
         from . import _tensor
         if self._scratch is None:
             want = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-            nbytes = min(want or 16 << 20, 64 << 20)
+            nbytes = min(want or 16 << 20, self._window or 16 << 20, 64 << 20)
             lease, address = self._core.lease(nbytes, self._current())
             self._scratch = _tensor.over(lease, address, (nbytes,), torch.uint8, self._device)
         if offset % dtype.itemsize or not 0 <= offset <= self._scratch.numel():
@@ -246,7 +251,7 @@ class Buffer(Normal, LowLatency):
         flat = self._scratch[offset:offset + room * dtype.itemsize].view(dtype)
         if size is None:
             return flat
-        count = torch.Size(size).numel()
+        count = torch.Size((size,) if isinstance(size, int) else size).numel()
         if count > room:
             refuse("size: %d elements; there are %d from that offset" % (count, room))
-        return flat[:count].view(torch.Size(size))
+        return flat[:count].view(size)

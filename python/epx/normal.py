@@ -68,7 +68,8 @@ class Normal:
 
         from . import _tensor
         core, device = self._core, self._device
-        config = self._config(config, "dispatch")
+        if handle is None or config is not None:  # a cached dispatch needs none
+            config = self._config(config, "dispatch")
         x, scales = _split(x, self._device)
         if handle is not None:
             inner = check_handle(handle, core)
@@ -106,7 +107,7 @@ class Normal:
             args.in_rank = _pointer(is_token_in_rank)
         totals = None
         if topk_idx is None and not num_worst_tokens:
-            totals = self._expert_totals(num_tokens_per_expert, expert_alignment)
+            totals = self._expert_totals(num_tokens_per_expert, expert_alignment, previous_event)
 
         inputs = (x, scales, topk_idx, topk_weights, is_token_in_rank)
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, inputs) as turn:
@@ -114,16 +115,15 @@ class Normal:
             core.check(core.lib.epx_dispatch_begin(core.buffer, byref(args), turn.stream, byref(pointer)))
             inner = CoreHandle(core, pointer.value, turn.owner_stream, captured=turn.captured)
             inner.tokens, inner.topk, inner.experts, inner.worst = tokens, topk, args.experts, num_worst_tokens
-            rows, per_expert = num_worst_tokens, []
+            inner.rows, rows, per_expert = num_worst_tokens, num_worst_tokens, []
             if not num_worst_tokens:
                 counts = _abi.Counts()
                 core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
-                rows = counts.rows
+                inner.rows = rows = counts.rows
                 per_expert = totals if totals is not None else counts.rows_per_expert[:counts.local_experts]
             ids = topk_idx.dtype if topk_idx is not None else None
-            recv = self._receive(turn, inner, rows, x, scales, ids, topk, topk_weights is not None,
+            recv = self._receive(turn, rows, x, scales, ids, topk, topk_weights is not None,
                                  lambda place, got: core.lib.epx_dispatch_end(inner.pointer, place, turn.stream, got))
-            turn.outputs(*recv)
             self._tell_bad_data(core)
         inner.event = turn.event.event
         recv_x, recv_scales, recv_idx, recv_weights = recv
@@ -142,18 +142,13 @@ class Normal:
         core = self._core
         rows = _abi.Rows()
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (x, scales)) as turn:
-            scales, count = _fill_rows(rows, x, scales, turn), inner.worst
+            scales = _fill_rows(rows, x, scales, turn)
             inner.captured |= turn.captured
-            if not count:
-                counts = _abi.Counts()
-                core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
-                count = counts.rows
-            recv = self._receive(turn, inner, count, x, scales, None, 0, False, lambda place, got:
+            recv = self._receive(turn, inner.rows, x, scales, None, 0, False, lambda place, got:
                                  core.lib.epx_dispatch_again(inner.pointer, byref(rows), place, turn.stream, got))
-            turn.outputs(*recv)
         return (recv[0] if scales is None else tuple(recv[:2]), None, None, None, None, turn.event)
 
-    def _receive(self, turn, inner, rows, x, scales, ids, topk, weights, call):
+    def _receive(self, turn, rows, x, scales, ids, topk, weights, call):
         """Rows into a lease, or, where the window has no room, into ordinary tensors."""
         import torch
 
@@ -177,12 +172,15 @@ class Normal:
         place = _abi.Place(x=_pointer(tensors[0]), side=_pointer(tensors[1]), topk_idx=_pointer(tensors[2]),
                            topk_weights=_pointer(tensors[3]))
         core.check(call(byref(place), byref(got)))
+        turn.outputs(*tensors)
         return tensors
 
-    def _expert_totals(self, num_tokens_per_expert, alignment):
+    def _expert_totals(self, num_tokens_per_expert, alignment, previous_event):
         """Rows per local expert when only a mask travels: from everybody's num_tokens_per_expert."""
         import torch
         core = self._core
+        if hasattr(previous_event, "current_stream_wait"):  # they may be on their way still
+            previous_event.current_stream_wait()
         mine = num_tokens_per_expert.cpu()
         parts = core.allgather(bytes(mine.untyped_storage())[:mine.numel() * 4] if mine.numel() else b"")
         total = sum(torch.frombuffer(bytearray(part), dtype=torch.int32).long() for part in parts).tolist()
@@ -226,9 +224,8 @@ class Normal:
         kinds = {torch.bfloat16: _abi.DTYPE_BF16, torch.float16: _abi.DTYPE_FP16, torch.float32: _abi.DTYPE_FP32}
         _tensor.check_rows("x", x, device, dtypes=tuple(kinds))
         rows, hidden = x.shape
-        expected = self._rows_of(inner)
-        if expected is not None and rows != expected:
-            refuse("x: %d rows; the handle's dispatch received %d here" % (rows, expected))
+        if rows != inner.rows:
+            refuse("x: %d rows; the handle's dispatch received %d here" % (rows, inner.rows))
         if topk_weights is not None:
             if not inner.topk:
                 refuse("topk_weights: the handle's dispatch had no topk_idx, so nothing says how many there are")
@@ -265,15 +262,6 @@ class Normal:
         return self.combine(*args, **kwargs)
 
     # -- small things --
-
-    def _rows_of(self, inner):
-        """Rows this rank received by `inner`, where the host knows them."""
-        if inner.worst:
-            return inner.worst
-        counts = _abi.Counts()
-        with self._core as core:
-            core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
-        return counts.rows
 
     def _config(self, config, call):
         # Programs replace get_*_config on the class.

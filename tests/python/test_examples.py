@@ -36,6 +36,12 @@ def test_train(tmp_path):
     for line in lines[2:]:
         ids = [int(word) for word in line.split()]
         assert len(set(ids)) == 2 and all(0 <= i < 8 for i in ids)
+    tool = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(epx._abi.library_path()))), "bin", "epx")
+    if os.path.exists(tool):  # a wheel has none
+        out = subprocess.run([tool, "bench", "--routing", "routing.txt", "--ranks", "4", "--backend", "cpu", "--hidden", "64",
+                              "--iters", "1", "--warmup", "0", "--no-floor"], cwd=tmp_path, text=True, timeout=60,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert out.returncode == 0 and "top-2 of 8 experts, routing routing.txt" in out.stdout, out.stdout
     losses = [float(line.split("loss")[1].split()[0]) for line in said.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 1
 
