@@ -177,12 +177,12 @@ class CoreHandle:
     """
 
     __slots__ = ("core", "pointer", "stream", "kind", "captured", "borrowed", "tokens", "topk", "experts", "worst", "rows",
-                 "event", "__weakref__")
+                 "idx_dtype", "event", "__weakref__")
 
     def __init__(self, core, pointer, stream, kind="handle", captured=False):
         self.core, self.pointer, self.stream, self.kind, self.captured = core, pointer, stream, kind, captured
         self.tokens = self.topk = self.experts = self.worst = self.rows = 0
-        self.event = self.borrowed = None
+        self.event = self.borrowed = self.idx_dtype = None
 
     def __del__(self):
         if self.pointer and self.core.buffer and not self.captured:

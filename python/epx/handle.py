@@ -50,6 +50,15 @@ class DispatchHandle(tuple):
     def __add__(self, other):
         return tuple(self) + other
 
+    def __radd__(self, other):
+        return other + tuple(self)
+
+    def index(self, value):
+        return next(i for i, member in enumerate(self) if member is value)
+
+    def count(self, value):
+        return sum(member is value for member in self)
+
     def __reduce__(self):
         raise InvalidArgument("handle: it belongs to this process and cannot be pickled")
 

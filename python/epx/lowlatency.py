@@ -162,7 +162,7 @@ class LowLatency:
                 call = core.lib.epx_ll_dispatch_send
             core.check(call(core.buffer, byref(args), turn.stream, byref(made)))
             inner = CoreHandle(core, made.value, turn.owner_stream, "ll_handle")
-            inner.tokens, inner.topk, inner.experts = tokens, topk_idx.shape[1], e
+            inner.tokens, inner.topk, inner.experts, inner.idx_dtype = tokens, topk_idx.shape[1], e, topk_idx.dtype
             turn.outputs(recv_x, scales, count, src_info, layout)
             keep = inputs + (recv_x, scales, count, src_info, layout, args)
             if return_recv_hook:
@@ -202,7 +202,7 @@ class LowLatency:
         self._ll_mine(handle)
         self._ll_exclusive(async_finish, return_recv_hook)
         tokens, local = inner.tokens, src_info.shape[0]
-        _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, inner.topk))
+        _tensor.check("topk_idx", topk_idx, device, dtypes=(inner.idx_dtype,), shape=(tokens, inner.topk))
         _tensor.check("topk_weights", topk_weights, device, dtypes=(torch.float32,), shape=(tokens, inner.topk))
         if zero_copy:
             if handle.combine_x is None:

@@ -163,6 +163,39 @@ def test_attributes():
     world.run(2, attributes)
 
 
+def patched(group, device):
+    """Configs patched on epx.Buffer itself, and sizes from the environment."""
+    import os
+    asked = []
+    epx.Buffer.get_dispatch_config = staticmethod(lambda ranks: asked.append(("dispatch", ranks)) or epx.Config(8))
+    epx.Buffer.get_combine_config = staticmethod(lambda ranks: asked.append(("combine", ranks)) or epx.Config(6))
+    os.environ.update(EPX_TOKENS_MAX="7", EPX_TOPK_MAX="3", EPX_EXPERTS_MAX="9", EPX_HANDLES_MAX="2")
+    buffer = epx.Buffer(group, 1 << 21)
+    x, ids = torch.ones(7, 16, device=device), torch.zeros((7, 3), dtype=torch.int64, device=device)
+    keys = dict(num_tokens_per_expert=torch.zeros(8, dtype=torch.int32, device=device))
+    recv, _, _, _, handle, _ = buffer.dispatch(x, topk_idx=ids, **keys)
+    buffer.combine(recv, handle)
+    buffer.combine(recv, handle, config=epx.Config(4))
+    assert asked == [("dispatch", group.size()), ("combine", group.size())] and handle[1].shape[1] == 4
+    for words, more, wide, experts in (("tokens_max", 1, 0, 8), ("topk_max", 0, 1, 8), ("experts_max", 0, 0, 10)):
+        with pytest.raises(epx.InvalidArgument, match=words):
+            buffer.dispatch(torch.ones(7 + more, 16, device=device),
+                            topk_idx=torch.zeros((7 + more, 3 + wide), dtype=torch.int64, device=device),
+                            num_tokens_per_expert=torch.zeros(experts, dtype=torch.int32, device=device))
+    second = buffer.dispatch(x, topk_idx=ids, **keys)
+    with pytest.raises(epx.Busy, match="all 2 handles"):
+        buffer.dispatch(x, topk_idx=ids, **keys)
+    os.environ["EPX_TOPK_MAX"] = "many"
+    with pytest.raises(epx.InvalidArgument, match="EPX_TOPK_MAX=many"):
+        epx.Buffer(group)
+    del second
+    buffer.destroy()
+
+
+def test_patched_configs_and_environment():
+    world.run(2, patched)
+
+
 def other_default_device(group, device):
     """A program's torch.set_default_device is its own business."""
     ranks, experts = group.size(), 2 * group.size()

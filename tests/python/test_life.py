@@ -87,6 +87,23 @@ def leases(group, device):
     del b
     assert core.leases == 0 and _dlpack.alive() == alive
 
+    # Autograd keeps what it saved, until its backward is through.
+    recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
+    scale = torch.ones(H, device=device, requires_grad=True)
+    loss = (recv.float() * 1).mul(scale).sum() + (recv * scale.to(recv.dtype)).sum()
+    total = recv.float().sum(0)
+    del recv
+    gc.collect()
+    assert core.leases == 1
+    for _ in range(3):  # others come and go meanwhile
+        buffer.dispatch(x * 0, handle=handle)
+    loss.backward()
+    assert torch.allclose(scale.grad, 2 * total, rtol=1e-2)
+    del loss
+    gc.collect()
+    assert core.leases == 0
+    del handle
+
     # Storage shared by views, autograd and another thread keeps the lease.
     recv = buffer.dispatch(x, **placed)[0]
     view = recv.view(-1)[5:]
@@ -119,6 +136,11 @@ def handle_pool(group, device):
     assert copy.copy(handle) is handle and copy.deepcopy(handle) is handle and handle == handle and len(handle) == 6
     a, b, c, d, e, f = handle
     assert a is handle[0] and handle[-1] is f and handle[1:3] == (b, c) and e in handle
+    whole = [a, b, c, d, e, f]  # however it is taken apart
+    for parts in (list(handle), [*handle], list(reversed(handle))[::-1], list(() + handle), list(handle + ()),
+                  [handle[i] for i in range(6)], (lambda *members: list(members))(*handle)):
+        assert len(parts) == 6 and all(x is y for x, y in zip(parts, whole))
+    assert handle.index(c) == 2 and handle.count(c) == 1
     with pytest.raises(epx.InvalidArgument):
         pickle.dumps(handle)
     assert "tokens" in repr(handle)

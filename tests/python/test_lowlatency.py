@@ -66,6 +66,8 @@ def rounds(group, device):
         everybody = inputs(seed, ranks, experts)
         x, ids, weights = [t.to(device) for t in everybody[rank]]
         hooks = seed % 2 == 1
+        if seed % 3 == 1:
+            ids = ids.int()
         recv, count, handle, event, hook = buffer.low_latency_dispatch(
             x, ids, M, experts, cumulative_local_expert_recv_stats=stats, dispatch_wait_recv_cost_stats=waited,
             use_fp8=False, return_recv_hook=hooks)
@@ -75,7 +77,7 @@ def rounds(group, device):
             hook()  # a second time is nothing
         check_received(everybody, rank, ranks, experts, recv, count, handle)
         want += count.cpu()
-        y, _, hook = buffer.low_latency_combine(recv, ids, weights, handle, return_recv_hook=hooks,
+        y, _, hook = buffer.low_latency_combine(recv, ids, weights, handle, use_logfmt=seed % 2 == 0, return_recv_hook=hooks,
                                                 combine_wait_recv_cost_stats=waited)
         if hooks:
             hook()
@@ -450,6 +452,8 @@ def refusals(group, device):
     refused("x: shape", combine, recv[:, :-1], ids, weights, handle)
     refused("x: dtype", combine, recv.float(), ids, weights, handle)
     refused("topk_weights: dtype", combine, recv, ids, weights.double(), handle)
+    refused("topk_idx: dtype torch.int32; it must be torch.int64", combine, recv, ids.int(), weights, handle)
+    refused("topk_idx: shape", combine, recv, ids[:, :1], weights, handle)
     refused("out: shape", combine, recv, ids, weights, handle, out=x[:-1])
     refused("out: dtype", combine, recv, ids, weights, handle, out=x.float())
     refused("out is at", combine, recv, ids, weights, handle, out=odd)
