@@ -30,8 +30,7 @@ def _group_of(group, comm):
             backend = dist.get_backend(group)
         except Exception:  # a group that torch.distributed did not make
             backend = "gloo"
-        # "nccl", "cuda:nccl"; but "cpu:gloo,cuda:nccl" and "undefined" (both, by torch's own choice) take CPU tensors.
-        device = "cuda" if "nccl" in backend and "cpu:" not in backend else "cpu"
+        device = _gather_device(backend)
 
         def gather(data):
             mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
@@ -42,6 +41,12 @@ def _group_of(group, comm):
     if not (hasattr(comm, "Get_rank") and hasattr(comm, "allgather")):
         refuse("comm: %s; it must be an mpi4py communicator" % type(comm).__name__)
     return comm.Get_rank(), comm.Get_size(), lambda data: comm.allgather(data)
+
+
+def _gather_device(backend):
+    """Whose tensors a process group of that backend gathers: "nccl" and "cuda:nccl" GPUs'; "gloo", "cpu:gloo,cuda:nccl" and
+    "undefined" (torch chose both) the CPU's, and what is not known as well."""
+    return "cuda" if "nccl" in backend and "cpu:" not in backend else "cpu"
 
 
 def _number_from_env(name):

@@ -163,6 +163,13 @@ def test_attributes():
     world.run(2, attributes)
 
 
+def test_whose_tensors_a_group_gathers():
+    from epx.buffer import _gather_device
+    for backend, device in (("nccl", "cuda"), ("cuda:nccl", "cuda"), ("gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"),
+                            ("undefined", "cpu"), ("mpi", "cpu"), ("cpu:gloo", "cpu"), ("fake", "cpu")):
+        assert _gather_device(backend) == device, backend
+
+
 def patched(group, device):
     """Configs patched on epx.Buffer itself, and sizes from the environment."""
     import os

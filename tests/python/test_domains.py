@@ -145,11 +145,31 @@ def low_latency(group, device, size):
     return None
 
 
+def low_latency_window(group, device, size):
+    """A window asked for at the start is refused there, and nothing of the buffer stays behind."""
+    ranks = group.size()
+    hint = epx.Buffer.get_low_latency_rdma_size_hint(10, 128, ranks, 2 * ranks)
+    taken, buffer = True, None
+    try:
+        buffer = epx.Buffer(group, 1 << 21, hint, low_latency_mode=True, ranks_per_domain=size)
+    except epx.Unsupported as error:
+        assert "domain" in str(error)
+        assert not [core for core in epx._core._cores if core.buffer]
+        taken = False
+    other = epx.Buffer(group, 1 << 21, ranks_per_domain=size)
+    other.barrier()
+    other.destroy()
+    if buffer is not None:
+        buffer.destroy()
+    return taken
+
+
 def test_low_latency():
     if not epx._abi.library().has_ll:
         pytest.skip("no low latency in this build of libepx.so")
     words = world.run(4, low_latency, 2)
     assert len(set(words)) == 1, words
+    assert world.run(4, low_latency_window, 2) == [words[0] is None] * 4
 
 
 def unequal(group, device):

@@ -46,6 +46,17 @@ def test_train(tmp_path):
     assert losses[-1] < losses[0] - 1
 
 
+def test_the_page(tmp_path):
+    """The worked example of docs/python.md, as it stands there."""
+    world.need(4)
+    page = open(os.path.join(ROOT, "docs", "python.md")).read()
+    code = page.split("```python\n# torchrun")[1].split("```")[0]
+    if world.DEVICE == "cuda":
+        code = "import os\nos.environ['EPX_BACKEND'] = 'cpu'\n" + code  # its tensors are on the CPU
+    (tmp_path / "example.py").write_text("# torchrun" + code + "print('ran')\n")
+    assert torchrun(4, "example.py", folder=tmp_path).count("ran") == 4
+
+
 def test_serve(tmp_path):
     if not epx._abi.library().has_ll:
         pytest.skip("no low latency in this build of libepx.so")

@@ -409,6 +409,36 @@ def test_masks():
     world.run(3, masks)
 
 
+def shrink(group, device):
+    """enable_shrink: a rank that dies is masked by the call that misses it, which goes on without it."""
+    rank, ranks = group.rank(), group.size()
+    experts, dead = ranks, ranks - 1
+    buffer = epx.Buffer(group, low_latency_mode=True, enable_shrink=True)
+    everybody = inputs(2, ranks, experts, topk=2, empty=0)
+    x, ids, weights = [t.to(device) for t in everybody[rank]]
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, M, experts, use_fp8=False)
+    buffer.low_latency_combine(recv, ids, weights, handle)
+    buffer.barrier()
+    if rank == dead:
+        os._exit(9)
+    alive = [one if r != dead else (one[0][:0], one[1][:0], one[2][:0]) for r, one in enumerate(everybody)]
+    rows, all_ids, all_weights = everybody[rank]
+    for _ in range(3):
+        recv, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, M, experts, use_fp8=False)
+        check_received(alive, rank, ranks, experts, recv, count, handle)
+        y = buffer.low_latency_combine(recv, ids, weights, handle)[0]
+        assert y.cpu().equal(summed(rows, torch.where(all_ids == dead, -1, all_ids), all_weights))
+    status = torch.zeros(ranks, dtype=torch.int32, device=device)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * dead + [1]
+    buffer.destroy()
+
+
+@pytest.mark.skipif(world.DEVICE == "cuda", reason="on a GPU the deadline alone masks; the library's own tests have that")
+def test_shrink():
+    world.run(3, shrink, dead=(2,), environment={"EPX_TIMEOUT_MS": "3000"})
+
+
 def refusals(group, device):
     rank, ranks = group.rank(), group.size()
     experts = 2 * ranks

@@ -179,7 +179,7 @@ def keywords(group, device):
         x, topk_idx=ids, topk_weights=weights, num_worst_tokens=40 * ranks, **placed)
     assert counts == [] and recv_x.shape == (40 * ranks, H) and recv_x[:n].cpu().equal(want_x)
     assert recv_ids[:n].cpu().equal(want_ids) and bool((recv_ids[n:] == -1).all())
-    assert recv_weights[:n].cpu().equal(want_weights)
+    assert recv_weights[:n].cpu().equal(want_weights) and bool((recv_weights[n:] == 0).all())
     fan_out = placed["is_token_in_rank"].sum(1, keepdim=True)
     out, out_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights)
     assert out.equal((x.float() * fan_out).bfloat16()) and out_weights.equal(torch.where(ids < 0, 0.0, weights))
