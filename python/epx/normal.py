@@ -1,4 +1,6 @@
 """The normal-mode calls of Buffer: layout, dispatch, combine."""
+from array import array
+
 from . import _abi
 from ._abi import byref, c_void_p
 from ._core import CoreHandle
@@ -54,7 +56,7 @@ class Normal:
                       any dtype and strides (fp32 [T,H/128] with e4m3 rows, say)
         handle        of an earlier dispatch: the same routing, no ids or weights travel, no host wait
         topk_idx      int64 (or int32) [T,k], -1 is nobody; topk_weights fp32 [T,k]
-        is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+        is_token_in_rank, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert
                       from get_dispatch_layout; with topk_idx only num_tokens_per_expert's length (E) is used
         num_worst_tokens  > 0: so many rows come back, the list is empty, the tail's ids are -1, no host wait
         Returns       recv_x [rows,H] (or (recv_x, recv_scales)) in the order (source rank, token index),
@@ -95,6 +97,10 @@ class Normal:
                 refuse("topk_idx or is_token_in_rank: one of them is needed without a handle")
         if is_token_in_rank is not None:
             _tensor.check("is_token_in_rank", is_token_in_rank, device, dtypes=(torch.bool,), shape=(tokens, core.ranks))
+        for name, one, n in (("num_tokens_per_rank", num_tokens_per_rank, core.ranks),
+                             ("num_tokens_per_rdma_rank", num_tokens_per_rdma_rank, core.domains)):
+            if one is not None and (n > 1 or name == "num_tokens_per_rank"):
+                _tensor.check(name, one, device, dtypes=(torch.int32,), shape=(n,))
         num_worst_tokens = whole("num_worst_tokens", num_worst_tokens)
         expert_alignment = whole("expert_alignment", expert_alignment, 1)
 
@@ -107,6 +113,9 @@ class Normal:
             args.in_rank = _pointer(is_token_in_rank)
         totals = None
         if topk_idx is None and not num_worst_tokens:
+            if self._expert_rank is not None and len(self._expert_rank) != args.experts:
+                refuse("num_tokens_per_expert: %d experts; the buffer's expert_rank maps %d" %
+                       (args.experts, len(self._expert_rank)))
             totals = self._expert_totals(num_tokens_per_expert, expert_alignment, previous_event)
 
         inputs = (x, scales, topk_idx, topk_weights, is_token_in_rank)
@@ -177,13 +186,10 @@ class Normal:
 
     def _expert_totals(self, num_tokens_per_expert, alignment, previous_event):
         """Rows per local expert when only a mask travels: from everybody's num_tokens_per_expert."""
-        import torch
-        core = self._core
         if hasattr(previous_event, "current_stream_wait"):  # they may be on their way still
             previous_event.current_stream_wait()
-        mine = num_tokens_per_expert.cpu()
-        parts = core.allgather(bytes(mine.untyped_storage())[:mine.numel() * 4] if mine.numel() else b"")
-        total = sum(torch.frombuffer(bytearray(part), dtype=torch.int32).long() for part in parts).tolist()
+        parts = self._core.allgather(array("i", num_tokens_per_expert.tolist()).tobytes())
+        total = [sum(one) for one in zip(*(memoryview(part).cast("i") for part in parts))]
         return [(total[e] + alignment - 1) // alignment * alignment for e in self._local_experts(len(total))]
 
     def _local_experts(self, num_experts):

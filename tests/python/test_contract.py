@@ -1,7 +1,6 @@
 """The interface itself: names, keywords and defaults, as programs written for deep_ep use them."""
-import importlib
-import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 import weakref
@@ -12,7 +11,7 @@ import epx
 
 torch = pytest.importorskip("torch")
 import ranks as world  # noqa: E402
-from conftest import ROOT  # noqa: E402,F401
+from conftest import ROOT  # noqa: E402
 
 # Parameters in order, with their defaults. REQUIRED has none.
 REQUIRED = inspect.Parameter.empty
@@ -116,7 +115,6 @@ assert set(n for n in dir(deep_ep) if n[0] != '_') == {
 assert isinstance(deep_ep.__version__, str)
 from deep_ep import *
 """
-    import os
     environment = dict(os.environ, PYTHONPATH=os.path.dirname(os.path.dirname(epx.__file__)))
     out = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=60)
     assert out.returncode == 0, out.stderr
@@ -172,7 +170,6 @@ def test_whose_tensors_a_group_gathers():
 
 def patched(group, device):
     """Configs patched on epx.Buffer itself, and sizes from the environment."""
-    import os
     asked = []
     epx.Buffer.get_dispatch_config = staticmethod(lambda ranks: asked.append(("dispatch", ranks)) or epx.Config(8))
     epx.Buffer.get_combine_config = staticmethod(lambda ranks: asked.append(("combine", ranks)) or epx.Config(6))
@@ -237,3 +234,22 @@ def other_default_device(group, device):
 
 def test_other_default_device():
     world.run(2, other_default_device)
+
+
+def test_documented():
+    """Every public thing has its docstring; every keyword and failure has its place in docs/python.md."""
+    page = open(os.path.join(ROOT, "docs", "python.md")).read()
+    for word in parameters(epx.Buffer.__init__):
+        if word not in ("group", "explicitly_destroy", "comm"):
+            assert "`%s`" % word in page or "`%s=" % word in page, word
+    for kind in epx.errors.BY_STATUS.values():
+        assert "`%s`" % kind.__name__ in page and kind.__doc__, kind
+    owners = [epx.Buffer, epx.Config, epx.EventOverlap, epx.EventHandle, epx.ArrayBuffer, epx.MoELayer, epx.runtime.Runtime]
+    for owner in owners:
+        assert owner.__doc__
+        for name, value in inspect.getmembers(owner):
+            mine = (getattr(value, "__module__", None) or "").startswith("epx")
+            if not name.startswith("_") and callable(value) and mine and owner is not epx.MoELayer:
+                assert inspect.getdoc(value), (owner, name)
+    for value in (epx.dispatch, epx.combine, epx.unique_id, epx.install_as_deep_ep):
+        assert inspect.getdoc(value)

@@ -75,6 +75,8 @@ def several(group, device, size):
         assert per_domain.dtype == torch.int32 and per_domain.equal(in_domain.sum(0).int())
         placed = dict(num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_domain, is_token_in_rank=mask,
                       num_tokens_per_expert=per_expert)
+        with pytest.raises(epx.InvalidArgument, match="num_tokens_per_rdma_rank: shape"):
+            buffer.internode_dispatch(x, topk_idx=ids, **dict(placed, num_tokens_per_rdma_rank=per_rank[:0]))
         recv_x, recv_ids, recv_weights, counts, handle, _ = buffer.internode_dispatch(
             x, topk_idx=ids, topk_weights=weights, **placed)
         assert recv_x.cpu().equal(want_x) and recv_ids.cpu().equal(want_ids) and recv_weights.cpu().equal(want_weights)

@@ -187,6 +187,9 @@ def keywords(group, device):
     assert again[:n].cpu().equal(want_x)
     assert handle[0].shape == (ranks, ranks) and handle[3][:n].dtype == torch.int32
 
+    inside = torch.zeros(experts + 2, dtype=torch.int32, device=device)[2:]  # a view into something else
+    inside.copy_(placed["num_tokens_per_expert"])
+    assert buffer.dispatch(x, **dict(placed, num_tokens_per_expert=inside))[3] == want_counts
     recv_x, none_ids, none_weights, counts, handle, _ = buffer.dispatch(x, **placed)  # by the mask
     assert none_ids is none_weights is None and recv_x.cpu().equal(want_x) and counts == want_counts
     assert buffer.combine(recv_x, handle)[0].equal((x.float() * fan_out).bfloat16())
@@ -263,6 +266,8 @@ def mapped(group, device):
     recv_x, _, _, counts, handle, _ = buffer.dispatch(x, **placed)  # by the mask: the same counts
     assert recv_x.cpu().equal(want_x) and counts == aligned
     assert buffer.combine(recv_x, handle)[0].equal((x.float() * mask.sum(1, keepdim=True)).bfloat16())
+    with pytest.raises(epx.InvalidArgument, match="expert_rank maps %d" % experts):
+        buffer.dispatch(x, is_token_in_rank=mask, num_tokens_per_expert=per_expert[1:].contiguous())
     made = epx.dispatch(x, ids, weights, buffer, experts)
     assert made[3].tolist() == want_counts
     if epx._abi.library().has_ll:

@@ -55,6 +55,9 @@ def in_calls(group, device):
     # dispatch: routing
     refused("num_tokens_per_expert: it is needed", buffer.dispatch, x, topk_idx=ids)
     refused("num_tokens_per_expert: dtype torch.int64", dispatch, x, num_tokens_per_expert=per_expert.long())
+    refused("num_tokens_per_rank: dtype torch.int64", dispatch, x, num_tokens_per_rank=per_rank.long())
+    refused("num_tokens_per_rank: shape", dispatch, x, num_tokens_per_rank=per_expert)
+    refused("num_tokens_per_rank: int", dispatch, x, num_tokens_per_rank=5)
     refused("topk_idx: shape", dispatch, x, topk_idx=ids[:3])
     refused("topk_idx: dtype", dispatch, x, topk_idx=ids.short())
     refused("topk_weights: dtype torch.float64", dispatch, x, topk_weights=weights.double())
