@@ -278,7 +278,7 @@ def nothing_at_all(group, device):
 
 def worst_case_graph(group, device):
     """Dispatch (worst case) and combine captured once, replayed with other routing."""
-    rank, ranks = group.rank(), group.size()
+    ranks = group.size()
     buffer = epx.Buffer(group, 1 << 26)
     x, ids, weights, want, experts = made(group, device, 0)
     counts = torch.zeros(experts, dtype=torch.int32, device=device)
