@@ -216,6 +216,8 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     EPX__TRY(check_config(&x->config, group->ranks));
     EPX__TRY(copy_map(buffer));
     EPX__TRY(make_pools(buffer));
+    EPX__TRY(epx__buffer_enter(buffer));
+    buffer->entered = true;
     uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? EPX__CUDA_CHUNK_WORDS : 0;
     EPX__TRY(epx__window_layout_make((uint32_t)group->ranks, &x->config, chunk_words, &x->layout));
     EPX__TRY(epx__window_create(group->device, group->fdserver, x->layout.total_bytes, &x->window, exported));
@@ -267,6 +269,8 @@ static void unmake(epx_buffer_t *buffer)
 {
     epx_group_t *group = buffer->group;
     epx__exchange_t *x = &buffer->x;
+    if (buffer->entered)
+        epx__buffer_leave(buffer);
     if (buffer->death_slot >= 0)
         epx__bootstrap_off_death(group->bootstrap, buffer->death_slot);
     if (x->ll)
@@ -320,13 +324,13 @@ epx_status_t epx_buffer_create(epx_group_t *group, const epx_buffer_config_t *co
         epx__detail_set(words);
         return status;
     }
-    *out = buffer;
+    *out = epx__buffer_name(buffer);
     return EPX_OK;
 }
 
 void epx_buffer_destroy(epx_buffer_t *buffer)
 {
-    if (buffer)
+    if (buffer && epx__buffer_find(&buffer, "epx_buffer_destroy") == EPX_OK)
         unmake(buffer);
 }
 
@@ -354,8 +358,7 @@ epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status)
 
 epx_status_t epx_buffer_status(epx_buffer_t *buffer)
 {
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "epx_buffer_status: buffer is NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_status"));
     buffer->x.ops->poll_fault(&buffer->x);
     epx__fault_t *fault = &buffer->x.fault;
     if (atomic_load(&fault->ready)) {
@@ -371,25 +374,26 @@ epx_status_t epx_buffer_status(epx_buffer_t *buffer)
 
 epx_status_t epx_buffer_barrier(epx_buffer_t *buffer, epx_stream_t stream)
 {
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "epx_buffer_barrier: buffer is NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_barrier"));
     EPX__TRY(epx__buffer_usable(buffer, "epx_buffer_barrier"));
     return epx__buffer_told(buffer, buffer->x.ops->barrier(&buffer->x, stream));
 }
 
 epx_status_t epx_buffer_check(epx_buffer_t *buffer, uint8_t *works)
 {
-    if (!buffer || !works)
-        return epx__fail(EPX_E_INVALID, "epx_buffer_check: buffer and works must not be NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_check"));
+    if (!works)
+        return epx__fail(EPX_E_INVALID, "epx_buffer_check: works is NULL");
     EPX__TRY(epx__buffer_usable(buffer, "epx_buffer_check"));
     return epx__buffer_told(buffer, buffer->x.ops->check(&buffer->x, works));
 }
 
 epx_status_t epx_buffer_get_traffic(epx_buffer_t *buffer, epx_traffic_t *traffic)
 {
-    if (!buffer || !traffic || traffic->size != sizeof *traffic)
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_get_traffic"));
+    if (!traffic || traffic->size != sizeof *traffic)
         return epx__fail(EPX_E_INVALID,
-                         "epx_buffer_get_traffic: buffer and traffic must not be NULL, traffic->size %zu",
+                         "epx_buffer_get_traffic: traffic must not be NULL and traffic->size must be %zu",
                          sizeof *traffic);
     *traffic = buffer->x.traffic;
     traffic->size = sizeof *traffic;

@@ -4,14 +4,14 @@
 #include "api/check.h"
 #include "base/fail.h"
 
-static epx_status_t usable(epx_buffer_t *buffer, const char *call)
+/* From the caller's name to a buffer with low latency that can take a call. */
+static epx_status_t usable(epx_buffer_t **buffer, const char *call)
 {
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "%s: buffer is NULL", call);
-    if (!buffer->x.ll)
+    EPX__TRY(epx__buffer_find(buffer, call));
+    if (!(*buffer)->x.ll)
         return epx__fail(EPX_E_INVALID,
                          "%s: the buffer was made without low latency; set ll_tokens_max and ll_hidden_max", call);
-    return epx__buffer_usable(buffer, call);
+    return epx__buffer_usable(*buffer, call);
 }
 
 /* A handle in the state that the call needs. */
@@ -19,7 +19,7 @@ static epx_status_t handle_in(epx_ll_handle_t *handle, epx__ll_state_t state, co
 {
     if (!handle)
         return epx__fail(EPX_E_INVALID, "%s: handle is NULL", call);
-    EPX__TRY(usable(handle->buffer, call));
+    EPX__TRY(epx__buffer_usable(handle->buffer, call));
     if (handle->call.state == EPX__LL_FREE)
         return epx__fail(EPX_E_INVALID, "%s: the handle has been combined or released", call);
     if (handle->call.state != state)
@@ -67,7 +67,7 @@ static epx_status_t dispatch_begin(epx_buffer_t *buffer, const epx_ll_dispatch_t
 {
     epx_ll_dispatch_t d;
     epx__experts_t map;
-    EPX__TRY(usable(buffer, "epx_ll_dispatch"));
+    EPX__TRY(usable(&buffer, "epx_ll_dispatch"));
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_ll_dispatch: handle is NULL");
     EPX__TRY(epx__config_copy(&d, sizeof d, dispatch, "epx_ll_dispatch_t"));
@@ -197,7 +197,7 @@ epx_status_t epx_ll_combine_buffer(epx_ll_handle_t *handle, void **memory)
 {
     if (!handle || !memory)
         return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: handle and memory must not be NULL");
-    EPX__TRY(usable(handle->buffer, "epx_ll_combine_buffer"));
+    EPX__TRY(epx__buffer_usable(handle->buffer, "epx_ll_combine_buffer"));
     if (!handle->buffer->x.config.ll_zero_copy)
         return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: the buffer was made without ll_zero_copy");
     return handle->buffer->group->ll_ops->combine_buffer(&handle->buffer->x, &handle->call, memory);
@@ -207,7 +207,7 @@ epx_status_t epx_ll_combine_buffer(epx_ll_handle_t *handle, void **memory)
 
 epx_status_t epx_ll_mask_set(epx_buffer_t *buffer, int rank, int masked, epx_stream_t stream)
 {
-    EPX__TRY(usable(buffer, "epx_ll_mask_set"));
+    EPX__TRY(usable(&buffer, "epx_ll_mask_set"));
     if (rank < 0 || rank >= buffer->group->ranks || rank == buffer->group->rank)
         return epx__fail(EPX_E_INVALID, "epx_ll_mask_set: rank %d; another rank than one's own, below %d", rank,
                          buffer->group->ranks);
@@ -216,7 +216,7 @@ epx_status_t epx_ll_mask_set(epx_buffer_t *buffer, int rank, int masked, epx_str
 
 epx_status_t epx_ll_mask_get(epx_buffer_t *buffer, int32_t *masked)
 {
-    EPX__TRY(usable(buffer, "epx_ll_mask_get"));
+    EPX__TRY(usable(&buffer, "epx_ll_mask_get"));
     if (!masked)
         return epx__fail(EPX_E_INVALID, "epx_ll_mask_get: masked is NULL");
     return buffer->group->ll_ops->mask_get(&buffer->x, masked);
@@ -224,7 +224,7 @@ epx_status_t epx_ll_mask_get(epx_buffer_t *buffer, int32_t *masked)
 
 epx_status_t epx_ll_mask_clear(epx_buffer_t *buffer, epx_stream_t stream)
 {
-    EPX__TRY(usable(buffer, "epx_ll_mask_clear"));
+    EPX__TRY(usable(&buffer, "epx_ll_mask_clear"));
     for (int r = 0; r < buffer->group->ranks; r++)
         if (r != buffer->group->rank)
             EPX__TRY(buffer->group->ll_ops->mask_set(&buffer->x, r, 0, stream));

@@ -6,6 +6,7 @@
 
 #include "algo/exchange.h"
 #include "algo/ll/ll.h"
+#include "api/names.h"
 
 struct epx_group {
     epx__bootstrap_t *bootstrap;
@@ -29,6 +30,7 @@ struct epx_group {
 
 struct epx_handle {
     epx_buffer_t *buffer;
+    uint64_t number; /* of this use of the slot (names.h) */
     epx__exchange_handle_t h;
     bool rows_done;      /* dispatch_end has been called */
     epx_stream_t stream; /* of its last release */
@@ -45,10 +47,12 @@ typedef struct epx__lease {
 
 struct epx_ll_handle {
     epx_buffer_t *buffer;
+    uint64_t number; /* of this use of the slot (names.h) */
     epx__ll_call_t call;
 };
 
 struct epx_buffer {
+    uint32_t place; /* in the table of this process's buffers (names.h) */
     epx_group_t *group;
     epx__exchange_t x;
     epx__export_t *exports; /* [ranks] */
@@ -63,6 +67,7 @@ struct epx_buffer {
     uint32_t dispatches;         /* so far: the generations of handles */
     int death_slot, notice_slot;
     bool told;    /* the caller has had the first failure */
+    bool entered; /* it has a place, and so a name */
     bool created; /* the exchange is up */
 };
 
@@ -72,6 +77,7 @@ epx_status_t epx__buffer_usable(epx_buffer_t *buffer, const char *call);
 epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status);
 
 /* Leases (lease.c). */
+epx_status_t epx__lease_give(epx_buffer_t *buffer, epx_lease_t lease, epx_stream_t stream);
 epx_status_t epx__lease_take(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, epx_lease_t *lease,
                              size_t *window_offset);
 /* The offset in the window of [memory, memory + bytes) when it lies inside one held lease, else SIZE_MAX. */
