@@ -1,9 +1,9 @@
 /*
  * Who is in the group, and small collective steps among them over TCP.
  *
- * A star: rank 0 listens, every other rank keeps one connection to it for life; messages between two others pass
- * through rank 0. A watcher thread per rank owns the socket(s): it receives, relays, and notices deaths (a
- * connection that ends without "bye"), which rank 0 tells to all.
+ * A star: rank 0 listens, every other rank keeps one connection to it; messages between two others pass through rank 0.
+ * When rank 0 is gone, the lowest rank that is still here takes its place. A watcher thread per rank owns the sockets:
+ * it receives, relays, and notices deaths (a connection that ends without "bye"), of which all are told.
  */
 #ifndef EPX_BOOTSTRAP_BOOTSTRAP_H
 #define EPX_BOOTSTRAP_BOOTSTRAP_H
@@ -29,8 +29,7 @@ typedef struct epx__bootstrap_config {
 /* Join. Exchanges version, struct sizes (hash of sizeof of the wire and public structs) and config_hash first. */
 epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__bootstrap_t **bootstrap);
 
-/* Say bye and leave; at most about a second; NULL is fine. When rank 0 leaves, what was under way between others still
- * arrives; after that nothing passes between them, and deaths among them go unnoticed here. */
+/* Say bye and leave; at most about a second; NULL is fine. What was under way still arrives. */
 void epx__bootstrap_close(epx__bootstrap_t *bootstrap);
 
 int epx__bootstrap_rank(const epx__bootstrap_t *bootstrap);

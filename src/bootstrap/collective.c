@@ -220,9 +220,6 @@ epx_status_t epx__bootstrap_reachable(epx__bootstrap_t *b, int rank, const char 
         return epx__fail(EPX_E_PEER, "%s: rank %d is gone (its connection ended without a goodbye)", what, rank);
     if (state == EPX__RANK_LEFT)
         return epx__fail(EPX_E_PEER, "%s: rank %d has left the group", what, rank);
-    if (b->rank != 0 && rank != b->rank && !b->link[0].socket.open)
-        return epx__fail(EPX_E_PEER, "%s: rank 0, through which all messages pass, %s", what,
-                         b->state[0] == EPX__RANK_LEFT ? "has left the group" : "is gone");
     return EPX_OK;
 }
 
@@ -233,7 +230,7 @@ static void give_up(epx__bootstrap_t *b, uint64_t sequence, epx_status_t status)
         epx__collective_giveup(b, 0, sequence, status);
         return;
     }
-    if (b->spare->references != 1)
+    if (b->spare->references != 1 || b->middle != 0)
         return;
     b->spare->frame = (epx__frame_t){
         .type = EPX__FRAME_GIVEUP, .from = (uint32_t)b->rank, .tag = (uint32_t)status, .sequence = sequence};
@@ -268,7 +265,7 @@ static void ask_who_is_missing(epx__bootstrap_t *b, uint64_t sequence)
  * rank 0 may have left because of it. */
 static epx_status_t root_here(epx__bootstrap_t *b, const char *what)
 {
-    bool here = b->failed == EPX_OK && b->state[0] == EPX__RANK_HERE && (b->rank == 0 || b->link[0].socket.open);
+    bool here = b->failed == EPX_OK && b->state[0] == EPX__RANK_HERE;
     for (int rank = 0; rank < b->ranks && !here && b->failed == EPX_OK; rank++)
         if (b->state[rank] == EPX__RANK_DEAD)
             return epx__bootstrap_reachable(b, rank, what);

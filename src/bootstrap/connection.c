@@ -35,7 +35,7 @@ void epx__message_append(epx__message_t **first, epx__message_t **last, epx__mes
     *last = message;
 }
 
-static void pop(epx__connection_t *link)
+void epx__connection_pop(epx__connection_t *link)
 {
     epx__queued_t *entry = link->first;
     link->first = entry->next;
@@ -52,7 +52,7 @@ static void pop(epx__connection_t *link)
 void epx__connection_close(epx__connection_t *link)
 {
     while (link->first)
-        pop(link);
+        epx__connection_pop(link);
     epx__message_release(link->incoming);
     link->incoming = NULL;
     link->have = 0;
@@ -60,9 +60,47 @@ void epx__connection_close(epx__connection_t *link)
     epx__socket_close(&link->socket);
 }
 
+void epx__connection_renew(epx__connection_t *link)
+{
+    link->half_close = link->shut = link->ended = link->failed = false;
+    link->have = 0;
+    link->first_sent = 0;
+}
+
+void epx__connection_move(epx__connection_t *to, epx__connection_t *from)
+{
+    epx__queued_t *first = NULL, *last = NULL;
+    from->first_sent = 0; /* whoever read the beginning is gone */
+    while (from->first) {
+        epx__queued_t *entry = from->first;
+        uint8_t type = entry->message->frame.type;
+        if (type == EPX__FRAME_GATHER || type == EPX__FRAME_GIVEUP || type == EPX__FRAME_QUERY) {
+            epx__connection_pop(from);
+            continue;
+        }
+        size_t bytes = EPX__FRAME_BYTES + entry->message->frame.bytes;
+        from->first = entry->next;
+        from->queued_bytes -= bytes;
+        to->queued_bytes += bytes;
+        entry->next = NULL;
+        if (last)
+            last->next = entry;
+        else
+            first = entry;
+        last = entry;
+    }
+    from->last = NULL;
+    if (!first)
+        return;
+    last->next = to->first;
+    to->first = first;
+    if (!to->last)
+        to->last = last;
+}
+
 bool epx__connection_queue(epx__connection_t *link, epx__message_t *message, epx__queued_t *embedded)
 {
-    if (!link->socket.open || link->shut || link->failed)
+    if ((!link->socket.open && !link->awaited) || link->shut || link->failed)
         return true; /* nobody is there to hear it; who needs an answer will notice */
     epx__queued_t *entry = embedded;
     if (embedded) {
@@ -86,9 +124,18 @@ bool epx__connection_queue(epx__connection_t *link, epx__message_t *message, epx
     return true;
 }
 
+/* The middle has closed its end. What is sent now would be lost; what stays in the queue goes to its successor. */
+static bool is_deserted(const epx__connection_t *link)
+{
+    struct pollfd end = {.fd = link->socket.fd, .events = POLLRDHUP};
+    return link->to_middle && poll(&end, 1, 0) > 0 && end.revents;
+}
+
 void epx__connection_flush(epx__connection_t *link)
 {
-    while (link->first && !link->failed) {
+    if (link->first && !link->failed && !link->awaited && is_deserted(link))
+        return;
+    while (link->first && !link->failed && !link->awaited) {
         epx__message_t *message = link->first->message;
         size_t sent = link->first_sent, header = sizeof(message->header), total = header + message->frame.bytes;
         struct iovec parts[2] = {
@@ -109,7 +156,7 @@ void epx__connection_flush(epx__connection_t *link)
         }
         link->first_sent += (size_t)now;
         if (link->first_sent == total)
-            pop(link);
+            epx__connection_pop(link);
     }
 }
 

@@ -1,9 +1,8 @@
 /*
  * Rank 0's side of the rendezvous: let strangers in one by one, until every rank has said a good hello.
  *
- * A stranger gets a place among at most PENDING_MAX and HELLO_NS to say its hello. When all places are taken, the one
- * that has been silent longest must go (a real rank tries again). Nothing it says is believed before its token is
- * right. Whoever has the token and disagrees ends the rendezvous for all: the verdict goes to those who are here, and
+ * A stranger gets a place among at most PENDING_MAX (guests.h). Nothing it says is believed before its token is right.
+ * Whoever has the token and disagrees ends the rendezvous for all: the verdict goes to those who are here, and
  * for GRACE_NS to those who still come.
  */
 #include <errno.h>
@@ -14,19 +13,12 @@
 #include "base/alloc.h"
 #include "base/fail.h"
 #include "base/log.h"
+#include "bootstrap/guests.h"
 #include "bootstrap/state.h"
 
 enum { PENDING_MAX = 64, ACCEPTS_A_TURN = 256, TICK_MS = 100 };
-#define HELLO_NS 2000000000ull
 #define GRACE_NS 2000000000ull
 #define NEWS_NS 100000000ull /* how often those who wait hear who has come */
-
-typedef struct pending {
-    epx__socket_t socket;
-    uint64_t since_ns;
-    uint32_t have;
-    uint8_t bytes[EPX__HELLO_BYTES];
-} pending_t;
 
 typedef struct root {
     const epx__join_t *join;
@@ -35,7 +27,7 @@ typedef struct root {
     uint32_t ranks, joined, strangers;
     struct pollfd few_polls[1 + PENDING_MAX];
     struct pollfd *polls; /* listener, pending, then links */
-    pending_t pending[PENDING_MAX];
+    epx__guest_t pending[PENDING_MAX];
     uint8_t told[EPX__RANKS_MAX / 8]; /* who has heard the verdict */
     uint8_t came[EPX__RANKS_MAX / 8]; /* who has ever said a good hello: one whose own deadline is a little earlier
                                        * hangs up before ours, and is not the one that was missing */
@@ -146,7 +138,7 @@ static void lose(root_t *root, uint32_t rank)
     root->news = true;
 }
 
-static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hello)
+static void take_hello(root_t *root, epx__guest_t *pending, const epx__hello_t *hello)
 {
     char words[EPX__WORDS_MAX];
     bool differs = disagree(root, hello, words, sizeof(words));
@@ -175,6 +167,7 @@ static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hel
         return;
     }
     epx__socket_move(&link->socket, &pending->socket);
+    root->b->peers[hello->rank] = hello->standby;
     root->joined++;
     mark(root->came, hello->rank);
     root->news = true;
@@ -182,31 +175,19 @@ static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hel
         lose(root, hello->rank);
 }
 
-static void turn_away(root_t *root, pending_t *pending)
+static void turn_away(root_t *root, epx__guest_t *pending)
 {
     epx__socket_close(&pending->socket);
     root->strangers++;
 }
 
-static void read_pending(root_t *root, pending_t *pending)
+static void read_pending(root_t *root, epx__guest_t *pending)
 {
-    ssize_t got =
-        recv(pending->socket.fd, pending->bytes + pending->have, EPX__HELLO_BYTES - pending->have, MSG_DONTWAIT);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
-        return;
-    if (got <= 0) {
-        turn_away(root, pending);
-        return;
-    }
-    pending->have += (uint32_t)got;
-    if (!epx__hello_begins(pending->bytes, pending->have)) {
-        turn_away(root, pending);
-        return;
-    }
-    if (pending->have < EPX__HELLO_BYTES)
-        return;
     epx__hello_t hello;
-    if (epx__hello_parse(pending->bytes, &hello)) {
+    int got = epx__guest_read(pending, &hello);
+    if (got == 0)
+        return;
+    if (got < 0) {
         turn_away(root, pending);
     } else if (!epx__token_equal(hello.token, root->join->hello.token)) {
         root->strangers++;
@@ -215,22 +196,6 @@ static void read_pending(root_t *root, pending_t *pending)
     } else {
         take_hello(root, pending, &hello);
     }
-}
-
-/* A free place; when there is none, the oldest of the silent, else the oldest, loses its. */
-static pending_t *find_place(root_t *root)
-{
-    pending_t *worst = NULL;
-    for (int i = 0; i < PENDING_MAX; i++) {
-        pending_t *pending = &root->pending[i];
-        if (!pending->socket.open)
-            return pending;
-        bool silent = pending->have == 0, worst_silent = worst && worst->have == 0;
-        if (!worst || (silent && !worst_silent) || (silent == worst_silent && pending->since_ns < worst->since_ns))
-            worst = pending;
-    }
-    turn_away(root, worst);
-    return worst;
 }
 
 static void accept_some(root_t *root)
@@ -245,11 +210,8 @@ static void accept_some(root_t *root)
                 continue;
             return;
         }
-        pending_t *pending = find_place(root);
-        epx__socket_move(&pending->socket, &socket);
-        pending->have = 0;
-        pending->since_ns = epx__now_ns();
-        read_pending(root, pending); /* a rank's hello is mostly there at once */
+        /* A rank's hello is mostly there at once. */
+        read_pending(root, epx__guest_enter(root->pending, PENDING_MAX, &socket, &root->strangers));
     }
 }
 
@@ -275,10 +237,10 @@ static void turn(root_t *root, uint64_t until_ns)
         return;
     uint64_t now = epx__now_ns();
     for (int i = 0; i < PENDING_MAX; i++) {
-        pending_t *pending = &root->pending[i];
+        epx__guest_t *pending = &root->pending[i];
         if (pending->socket.open && root->polls[1 + i].revents)
             read_pending(root, pending);
-        if (pending->socket.open && now - pending->since_ns > HELLO_NS)
+        if (pending->socket.open && now - pending->since_ns > EPX__GUEST_NS)
             turn_away(root, pending);
     }
     /* Whoever has come says nothing before it is welcomed: anything to read is its end, or a fault. */

@@ -138,6 +138,31 @@ static void set_options(int fd)
     setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &user_timeout, sizeof(user_timeout));
 }
 
+static void from_sockaddr(const struct sockaddr_storage *address, epx__endpoint_t *endpoint)
+{
+    *endpoint = (epx__endpoint_t){0};
+    if (address->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)address;
+        endpoint->family = 6;
+        memcpy(endpoint->address, &six->sin6_addr, 16);
+    } else if (address->ss_family == AF_INET) {
+        const struct sockaddr_in *four = (const struct sockaddr_in *)address;
+        endpoint->family = 4;
+        memcpy(endpoint->address, &four->sin_addr, 4);
+    }
+}
+
+bool epx__socket_here(const epx__socket_t *connected, epx__endpoint_t *endpoint)
+{
+    struct sockaddr_storage address;
+    socklen_t length = sizeof(address);
+    memset(&address, 0, sizeof(address));
+    if (getsockname(connected->fd, (struct sockaddr *)&address, &length))
+        return false;
+    from_sockaddr(&address, endpoint);
+    return endpoint->family != 0;
+}
+
 epx_status_t epx__socket_listen(epx__socket_t *listener, epx__endpoint_t *endpoint)
 {
     struct sockaddr_storage address;
@@ -152,7 +177,7 @@ epx_status_t epx__socket_listen(epx__socket_t *listener, epx__endpoint_t *endpoi
         getsockname(listener->fd, (struct sockaddr *)&address, &length)) {
         int error = errno;
         epx__socket_close(listener);
-        return epx__fail(EPX_E_SYSTEM, "rendezvous: rank 0 cannot listen at %s: %s%s", text, strerror(error),
+        return epx__fail(EPX_E_SYSTEM, "rendezvous: cannot listen at %s: %s%s", text, strerror(error),
                          error == EADDRINUSE      ? " (another program or job has that port; choose one with EPX_ROOT)"
                          : error == EADDRNOTAVAIL ? " (it must be an address of the host on which rank 0 runs)"
                                                   : "");

@@ -19,6 +19,8 @@ typedef struct epx__socket {
 
 /* Listen at the endpoint; port 0 is any, and the one taken is written back. */
 epx_status_t epx__socket_listen(epx__socket_t *listener, epx__endpoint_t *endpoint);
+/* The address of this end of a connection, its port left out. */
+bool epx__socket_here(const epx__socket_t *connected, epx__endpoint_t *endpoint);
 /* One connection that waits, or false (errno says why). */
 bool epx__socket_accept(epx__socket_t *listener, epx__socket_t *accepted);
 /* One attempt, at most until `deadline` (ns, monotonic): 0 or errno. EPX_E_SYSTEM alone when no socket can be had. */

@@ -337,6 +337,7 @@ static void clean_bye(gathered_t *one)
     if (one->rank == 1) {
         CHECK(epx__bootstrap_send(one->bootstrap, 0, 1, &word, sizeof(word)) == EPX_OK);
         CHECK(epx__bootstrap_send(one->bootstrap, 2, 1, &word, sizeof(word)) == EPX_OK);
+        epx__bootstrap_off_death(one->bootstrap, slot);
         return; /* and close */
     }
     epx_status_t status = epx__bootstrap_barrier(one->bootstrap, 8000);
