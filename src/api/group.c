@@ -249,7 +249,7 @@ static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *c
 
 /* ---- create, destroy ---- */
 
-static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
+static epx__bootstrap_config_t boot_config(const epx_group_config_t *config, uint64_t timeout_ms)
 {
     epx__bootstrap_config_t boot = {.rank = config->rank,
                                     .ranks = config->ranks,
@@ -258,11 +258,27 @@ static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
                                     .allgather_context = config->allgather_context,
                                     .config_words = "ranks_per_domain",
                                     .config_hash = (uint64_t)config->ranks_per_domain + 1,
-                                    .timeout_ms = group->timeout_ms};
+                                    .timeout_ms = timeout_ms};
     if (!config->id && !config->allgather && config->ranks == 0) {
         boot.rank = -1;
         boot.ranks = 0;
     }
+    return boot;
+}
+
+/* The others would wait for this rank. */
+static epx_status_t no_memory(const epx_group_config_t *config)
+{
+    epx__bootstrap_config_t boot = boot_config(config, config->timeout_ms);
+    epx__bootstrap_t *none;
+    boot.failure = EPX_E_NOMEM;
+    epx__bootstrap_open(&boot, &none);
+    return epx__fail(EPX_E_NOMEM, "no memory for a group");
+}
+
+static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
+{
+    epx__bootstrap_config_t boot = boot_config(config, group->timeout_ms);
     EPX__TRY(epx__bootstrap_open(&boot, &group->bootstrap));
     group->rank = epx__bootstrap_rank(group->bootstrap);
     group->ranks = epx__bootstrap_ranks(group->bootstrap);
@@ -316,7 +332,7 @@ epx_status_t epx_group_create(const epx_group_config_t *config, epx_group_t **ou
     EPX__TRY(check_config(&c));
     epx_group_t *group = epx__calloc(1, sizeof *group);
     if (!group)
-        return epx__fail(EPX_E_NOMEM, "no memory for a group");
+        return no_memory(&c);
     atomic_store(&group->references, 1);
     snprintf(group->net, sizeof group->net, "none");
     epx_status_t status = EPX_OK;

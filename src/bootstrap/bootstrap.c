@@ -177,7 +177,8 @@ static epx__message_t *peers_message(const epx__bootstrap_t *b)
 static epx_status_t open_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t **opened)
 {
     epx__bootstrap_t *b = NULL;
-    assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    if (join->hello.failure == EPX_OK)
+        assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
     epx_status_t status = epx__join_root(join, listener, b); /* without `b` too: it tells the others */
     epx__socket_close(listener);
     if (status == EPX_OK) {
@@ -216,7 +217,9 @@ static void decline(const epx__join_t *join, epx_status_t why)
 static epx_status_t open_leaf(const epx__join_t *join, epx__bootstrap_t **opened)
 {
     epx__bootstrap_t *b = NULL;
-    epx_status_t status = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    epx_status_t status = (epx_status_t)join->hello.failure;
+    if (status == EPX_OK)
+        status = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
     if (status != EPX_OK) {
         decline(join, status);
         return status;
@@ -248,6 +251,7 @@ static epx_status_t join_all(const epx__bootstrap_config_t *config, epx__meeting
         .pid = (uint32_t)getpid(),
         .sizes_hash = epx__sizes_hash(),
         .config_hash = config->config_hash,
+        .failure = (uint32_t)config->failure,
     };
     memcpy(join.hello.token, meeting->where.token, EPX__TOKEN_BYTES);
     gethostname(join.hello.host, sizeof(join.hello.host) - 1);
@@ -270,7 +274,7 @@ epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__boo
         status = join_all(config, &meeting, timeout_ms, &opened);
     } else {
         epx__socket_close(&meeting.listener); /* of an id made for one */
-        status = assemble(0, 1, timeout_ms, &opened);
+        status = config->failure == EPX_OK ? assemble(0, 1, timeout_ms, &opened) : config->failure;
     }
     if (status == EPX_OK)
         *bootstrap = opened;

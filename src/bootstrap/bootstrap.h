@@ -24,6 +24,7 @@ typedef struct epx__bootstrap_config {
     uint64_t config_hash; /* must be equal on all ranks; `config_words` says what it covers */
     const char *config_words;
     uint64_t timeout_ms;
+    epx_status_t failure; /* this rank cannot take part: it comes only to say so, and the open fails with that */
 } epx__bootstrap_config_t;
 
 /* Join. Exchanges version, struct sizes (hash of sizeof of the wire and public structs) and config_hash first. */

@@ -21,10 +21,20 @@ static const char *kind_with_article(uint32_t kind)
 
 /* ---- rank 0's half ------------------------------------------------------------------------------ */
 
+/* Needs no memory, unless the rank has not yet taken the outcome of an operation that it gave up. */
+static bool queue_outcome(epx__bootstrap_t *b, uint32_t rank, epx__message_t *message)
+{
+    epx__connection_t *link = &b->link[rank];
+    bool queued = epx__connection_queue(link, message, &link->outcome_entry) || epx__relay_to(b, rank, message);
+    if (link->first || link->failed)
+        epx__bootstrap_wake(b);
+    return queued;
+}
+
 static void hand_out(epx__bootstrap_t *b, uint32_t rank, epx__message_t *message)
 {
     if (rank != 0) {
-        if (!epx__relay_to(b, rank, message))
+        if (!queue_outcome(b, rank, message))
             epx__bootstrap_fail(b, EPX_E_NOMEM, "no memory for a message of the bootstrap");
     } else if (message->frame.sequence == b->waiting_for && !b->outcome) {
         __atomic_add_fetch(&message->references, 1, __ATOMIC_RELAXED);
@@ -296,13 +306,26 @@ static epx_status_t await_outcome(epx__bootstrap_t *b, const char *what, uint64_
                      words);
 }
 
+/* Before our part is sent: a message that the outcome will fit into, whatever it is. */
+static bool prepare_room(epx__bootstrap_t *b, const epx__frame_t *part)
+{
+    epx__connection_t *link = &b->link[0];
+    size_t bytes = (size_t)part->bytes * (size_t)b->ranks;
+    epx__frame_t frame = {.type = EPX__FRAME_RESULT, .sequence = part->sequence};
+    frame.bytes = bytes > EPX__WORDS_MAX ? (uint32_t)bytes : EPX__WORDS_MAX;
+    epx__message_release(link->room);
+    link->room = b->rank == 0 ? NULL : epx__message_create(&frame, NULL);
+    link->room_bytes = frame.bytes;
+    return b->rank == 0 || link->room;
+}
+
 /* One chunk: our `count` bytes out, everybody's in at all + r * bytes. */
 static epx_status_t chunk(epx__bootstrap_t *b, epx__frame_t *frame, const uint8_t *mine, uint8_t *all, size_t bytes,
                           uint64_t deadline_ns, uint64_t timeout_ms)
 {
     const char *what = kind_name(frame->tag);
     EPX__TRY(root_here(b, what));
-    epx__message_t *part = epx__message_create(frame, mine);
+    epx__message_t *part = prepare_room(b, frame) ? epx__message_create(frame, mine) : NULL;
     if (!part) {
         give_up(b, frame->sequence, EPX_E_NOMEM);
         return epx__fail(EPX_E_NOMEM, "%s: no memory for %u bytes", what, frame->bytes);
@@ -344,7 +367,8 @@ static epx_status_t collective(epx__bootstrap_t *b, epx__kind_t kind, const uint
         status = chunk(b, &frame, mine ? mine + done : NULL, all ? all + done : NULL, bytes, deadline_ns, timeout_ms);
         b->waiting_for = 0;
         epx__message_release(b->outcome);
-        b->outcome = NULL;
+        epx__message_release(b->link[0].room);
+        b->outcome = b->link[0].room = NULL;
         done += count;
     } while (status == EPX_OK && done < bytes);
     return status;

@@ -54,7 +54,8 @@ void epx__connection_close(epx__connection_t *link)
     while (link->first)
         epx__connection_pop(link);
     epx__message_release(link->incoming);
-    link->incoming = NULL;
+    epx__message_release(link->room);
+    link->incoming = link->room = NULL;
     link->have = 0;
     link->shut = true;
     epx__socket_close(&link->socket);
@@ -172,6 +173,19 @@ static ssize_t receive(epx__connection_t *link, void *to, size_t bytes)
     return got < 0 && errno == EAGAIN ? 0 : -1;
 }
 
+/* A message for what has been announced. */
+static epx__message_t *make_room(epx__connection_t *link, const epx__frame_t *frame)
+{
+    epx__message_t *room = link->room;
+    bool outcome = frame->type == EPX__FRAME_RESULT || frame->type == EPX__FRAME_ABORT;
+    if (!room || !outcome || room->frame.sequence != frame->sequence || frame->bytes > link->room_bytes)
+        return epx__message_create(frame, NULL);
+    link->room = NULL;
+    room->frame = *frame;
+    epx__frame_encode(frame, room->header);
+    return room;
+}
+
 int epx__connection_read(epx__connection_t *link, uint32_t ranks, epx__message_t **message, const char **wrong)
 {
     *wrong = NULL;
@@ -186,7 +200,7 @@ int epx__connection_read(epx__connection_t *link, uint32_t ranks, epx__message_t
         *wrong = epx__frame_parse(link->header, ranks, &frame);
         if (*wrong)
             return -1;
-        link->incoming = epx__message_create(&frame, NULL);
+        link->incoming = make_room(link, &frame);
         if (!link->incoming)
             return -2;
         link->have = 0;

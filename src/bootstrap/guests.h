@@ -1,8 +1,8 @@
 /*
  * Strangers at a listening socket, until they have said a hello.
  *
- * There is a fixed number of places. When all are taken, the one that has been silent longest must go: a real rank tries
- * again. Whoever owns the places drops those that take longer than EPX__GUEST_NS.
+ * There is a fixed number of places. When all are taken, the one that has been silent longest must go: a real rank
+ * tries again. Whoever owns the places drops those that take longer than EPX__GUEST_NS.
  */
 #ifndef EPX_BOOTSTRAP_GUESTS_H
 #define EPX_BOOTSTRAP_GUESTS_H

@@ -292,7 +292,7 @@ static epx_status_t serve(root_t *root)
 {
     uint64_t deadline_ns = root->join->deadline_ns, grace_ns = 0;
     if (!root->b)
-        decide(root, EPX_E_NOMEM, "rank 0 has no memory to make the group");
+        decide(root, EPX_E_NOMEM, "rank 0 has no memory to make the group"); /* the only thing that it fails of */
     while (root->verdict != EPX_OK || root->joined + 1 < root->ranks) {
         uint64_t now = epx__now_ns();
         if (root->verdict != EPX_OK && !grace_ns)

@@ -59,6 +59,7 @@ typedef struct epx__connection {
     size_t first_sent; /* of header and payload of `first` */
     size_t queued_bytes;
     epx__queued_t bye_entry, spare_entry; /* so that leaving and giving up need no memory */
+    epx__queued_t outcome_entry;          /* so that the outcome of a collective reaches all or none */
     bool half_close;                      /* shut down for writing once the queue is empty */
     bool shut;                            /* that is done: nothing more can be sent */
     bool ended;                           /* the peer sends no more, yet may still read (while rank 0 leaves) */
@@ -67,6 +68,10 @@ typedef struct epx__connection {
     uint8_t header[EPX__FRAME_BYTES];
     size_t have;
     epx__message_t *incoming;
+    /* For the outcome of the collective under way, made before our part was sent: whoever takes part can hear how it
+     * ended. NULL when there is none, or it is in use. */
+    epx__message_t *room;
+    size_t room_bytes;
 } epx__connection_t;
 
 typedef struct epx__listener {

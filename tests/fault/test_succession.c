@@ -156,9 +156,9 @@ enum { RANKS = 5, NEVER = 0, LEAVES, KILLED, STOPPED };
 
 typedef struct plan {
     const char *name;
-    int fate[RANKS];       /* in the first act */
-    int second[RANKS];     /* 300 ms later */
-    int wakes_ms;          /* the stopped go on after so long */
+    int fate[RANKS];   /* in the first act */
+    int second[RANKS]; /* 300 ms later */
+    int wakes_ms;      /* the stopped go on after so long */
 } plan_t;
 
 static const plan_t plans[] = {
@@ -235,8 +235,8 @@ static int watch(epx__bootstrap_t *b, const plan_t *plan, stage_t *stage, int ac
         return 80 + act;
     char byte;
     for (int r = 0; r < RANKS; r++)
-        if (expected >> r & 1 && (epx__bootstrap_send(b, r, TAG, &byte, 1) != EPX_E_PEER ||
-                                  !strstr(epx__detail(), "is gone")))
+        if (expected >> r & 1 &&
+            (epx__bootstrap_send(b, r, TAG, &byte, 1) != EPX_E_PEER || !strstr(epx__detail(), "is gone")))
             return 90 + act;
     return 0;
 }
