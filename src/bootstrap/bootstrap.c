@@ -98,7 +98,7 @@ static epx_status_t assemble(int rank, int ranks, uint64_t timeout_ms, epx__boot
     bool made = (b->state = epx__calloc(count, sizeof(*b->state))) && (b->told = epx__calloc(count, sizeof(*b->told)));
     if (made && b->links)
         made = (b->link = epx__calloc((size_t)b->links, sizeof(*b->link))) &&
-               (b->polls = epx__calloc(count + 2 + EPX__GUESTS, sizeof(*b->polls))) &&
+               (b->polls = epx__calloc(count + 2 + EPX__GUESTS, 2 * sizeof(*b->polls))) &&
                (b->peers = epx__calloc(count, sizeof(*b->peers))) && (b->tried = epx__calloc(count, 1)) &&
                (b->guests = epx__calloc(EPX__GUESTS, sizeof(*b->guests))) &&
                (b->bye = epx__message_create(&bye, NULL)) && (b->spare = epx__message_create(&bye, NULL));
@@ -177,9 +177,10 @@ static epx__message_t *peers_message(const epx__bootstrap_t *b)
 static epx_status_t open_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t **opened)
 {
     epx__bootstrap_t *b = NULL;
-    if (join->hello.failure == EPX_OK)
-        assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
-    epx_status_t status = epx__join_root(join, listener, b); /* without `b` too: it tells the others */
+    epx__join_t mine = *join;
+    if (mine.hello.failure == EPX_OK)
+        mine.hello.failure = (uint32_t)assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    epx_status_t status = epx__join_root(&mine, listener, b); /* without `b` too: it tells the others */
     epx__socket_close(listener);
     if (status == EPX_OK) {
         epx__message_t *peers = peers_message(b);
@@ -224,17 +225,22 @@ static epx_status_t open_leaf(const epx__join_t *join, epx__bootstrap_t **opened
         decline(join, status);
         return status;
     }
+    bool unheard = false;
     epx__join_t mine = *join;
     mine.standby = &b->standby;
+    mine.unheard = &unheard;
     b->hello = join->hello;
     b->link[0].to_middle = true;
     status = epx__join_leaf(&mine, &b->link[0].socket);
     if (status == EPX_OK)
         status = start_watcher(b);
-    if (status == EPX_OK)
+    if (status == EPX_OK) {
         *opened = b;
-    else
-        dismantle(b);
+        return EPX_OK;
+    }
+    dismantle(b);
+    if (unheard) /* with the descriptor that is free now */
+        decline(join, status);
     return status;
 }
 

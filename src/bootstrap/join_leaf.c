@@ -126,6 +126,8 @@ static outcome_t attempt(leaf_t *leaf, epx__socket_t *socket)
     int error;
     leaf->status = epx__socket_connect(socket, &leaf->join->where.endpoint,
                                        until < leaf->join->deadline_ns ? until : leaf->join->deadline_ns, &error);
+    if (leaf->join->unheard)
+        *leaf->join->unheard = leaf->status != EPX_OK;
     if (leaf->status != EPX_OK)
         return FINAL;
     if (error) {

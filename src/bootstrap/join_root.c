@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include "base/alloc.h"
 #include "base/fail.h"
@@ -25,8 +26,8 @@ typedef struct root {
     epx__bootstrap_t *b; /* NULL: there was no memory */
     epx__socket_t *listener;
     uint32_t ranks, joined, strangers;
-    struct pollfd few_polls[1 + PENDING_MAX];
-    struct pollfd *polls; /* listener, pending, then links */
+    struct pollfd few_polls[2 * (1 + PENDING_MAX)];
+    struct pollfd *polls; /* listener, pending, then links; and as much to scratch in */
     epx__guest_t pending[PENDING_MAX];
     uint8_t told[EPX__RANKS_MAX / 8]; /* who has heard the verdict */
     uint8_t came[EPX__RANKS_MAX / 8]; /* who has ever said a good hello: one whose own deadline is a little earlier
@@ -233,7 +234,7 @@ static void turn(root_t *root, uint64_t until_ns)
 {
     int count = fill_polls(root);
     int wait_ms = epx__milliseconds_until(until_ns);
-    if (poll(root->polls, (nfds_t)count, wait_ms < TICK_MS ? wait_ms : TICK_MS) < 0)
+    if (epx__poll(root->polls, root->polls + count, count, wait_ms < TICK_MS ? wait_ms : TICK_MS) < 0)
         return;
     uint64_t now = epx__now_ns();
     for (int i = 0; i < PENDING_MAX; i++) {
@@ -288,11 +289,40 @@ static void decide_timeout(root_t *root)
     decide(root, EPX_E_TIMEOUT, words);
 }
 
+static void decide_without(root_t *root)
+{
+    char words[EPX__WORDS_MAX];
+    uint32_t failure = root->join->hello.failure;
+    epx_status_t status = failure == EPX_OK ? EPX_E_NOMEM : (epx_status_t)failure; /* none for its polls */
+    snprintf(words, sizeof(words), "rank 0 cannot take part: %s%s", epx__status_text(status),
+             status == EPX_E_SYSTEM ? " (has it descriptors left? ulimit -n)" : "");
+    decide(root, status, words);
+}
+
+/* A connection for each rank must be possible: else say so at once, one after the other. */
+static void look_for_descriptors(root_t *root)
+{
+    char words[EPX__WORDS_MAX];
+    uint32_t wanted = root->ranks - 1, spare = epx__descriptors_spare(wanted);
+    if (spare >= wanted)
+        return;
+    snprintf(words, sizeof(words),
+             "rank 0 can have only %u more descriptors (ulimit -n) or has no memory; %u ranks need one each", spare,
+             wanted);
+    decide(root, EPX_E_SYSTEM, words);
+    if (spare == 0) { /* this one is of no use any more, and lets rank 0 hear one rank at a time */
+        close(root->b->wake_fd);
+        root->b->wake_fd = -1;
+    }
+}
+
 static epx_status_t serve(root_t *root)
 {
     uint64_t deadline_ns = root->join->deadline_ns, grace_ns = 0;
     if (!root->b)
-        decide(root, EPX_E_NOMEM, "rank 0 has no memory to make the group"); /* the only thing that it fails of */
+        decide_without(root);
+    else
+        look_for_descriptors(root);
     while (root->verdict != EPX_OK || root->joined + 1 < root->ranks) {
         uint64_t now = epx__now_ns();
         if (root->verdict != EPX_OK && !grace_ns)
@@ -316,7 +346,7 @@ epx_status_t epx__join_root(const epx__join_t *join, epx__socket_t *listener, ep
 {
     uint32_t ranks = join->hello.ranks;
     root_t *root = epx__calloc(1, sizeof(*root));
-    struct pollfd *polls = root && b ? epx__calloc(1 + PENDING_MAX + ranks, sizeof(*polls)) : NULL;
+    struct pollfd *polls = root && b ? epx__calloc(1 + PENDING_MAX + ranks, 2 * sizeof(*polls)) : NULL;
     epx_status_t status;
     if (root) {
         root->join = join;

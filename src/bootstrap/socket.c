@@ -7,6 +7,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -106,6 +107,17 @@ static epx_status_t new_socket(epx__socket_t *owned, int family)
         return epx__fail(errno == ENOMEM ? EPX_E_NOMEM : EPX_E_SYSTEM, "rendezvous: no socket to be had: %s",
                          strerror(errno));
     return EPX_OK;
+}
+
+bool epx__socket_reserve(epx__socket_t *reserved)
+{
+    pthread_once(&fork_once, watch_forks);
+    pthread_mutex_lock(&list_lock);
+    int fd = eventfd(0, EFD_CLOEXEC);
+    if (fd >= 0)
+        enlist(reserved, fd);
+    pthread_mutex_unlock(&list_lock);
+    return fd >= 0;
 }
 
 static socklen_t to_sockaddr(const epx__endpoint_t *endpoint, struct sockaddr_storage *address)
@@ -275,4 +287,31 @@ int epx__socket_receive(const epx__socket_t *from, void *data, size_t bytes, uin
             return -1;
     }
     return 1;
+}
+
+int epx__poll(struct pollfd *polls, struct pollfd *scratch, int count, int timeout_ms)
+{
+    nfds_t used = 0;
+    for (int i = 0; i < count; i++)
+        if (polls[i].fd >= 0)
+            scratch[used++] = polls[i];
+    int ready = poll(scratch, used, timeout_ms);
+    used = 0;
+    for (int i = 0; i < count; i++)
+        polls[i].revents = polls[i].fd < 0 || ready <= 0 ? 0 : scratch[used++].revents;
+    return ready;
+}
+
+uint32_t epx__descriptors_spare(uint32_t wanted)
+{
+    uint32_t had = 0;
+    int *fds = epx__calloc(wanted, sizeof(*fds));
+    if (!fds)
+        return 0;
+    while (had < wanted && (fds[had] = eventfd(0, EFD_CLOEXEC)) >= 0)
+        had++;
+    for (uint32_t i = 0; i < had; i++)
+        close(fds[i]);
+    epx__free(fds);
+    return had;
 }

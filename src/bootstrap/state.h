@@ -90,9 +90,9 @@ struct epx__bootstrap {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* anything below that a caller may wait for */
     pthread_t watcher;
-    bool watched; /* the thread exists */
-    int wake_fd;  /* eventfd: makes the watcher look again */
-    struct pollfd *polls;
+    bool watched;         /* the thread exists */
+    int wake_fd;          /* eventfd: makes the watcher look again */
+    struct pollfd *polls; /* and as much again to scratch in */
 
     int links;               /* `ranks`, or 0 in a group of one */
     epx__connection_t *link; /* [links] by rank: the middle has one to each other, the others one to the middle */
@@ -217,6 +217,7 @@ typedef struct epx__join {
     epx__id_t where;
     epx__hello_t hello;     /* this rank's own */
     epx__socket_t *standby; /* opened on the way, its endpoint told to rank 0; NULL: none */
+    bool *unheard;          /* set when there was no socket even to speak with; may be NULL */
     uint64_t deadline_ns, timeout_ms;
 } epx__join_t;
 

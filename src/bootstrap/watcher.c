@@ -153,9 +153,7 @@ void *epx__watcher_main(void *bootstrap)
             break;
         int count = fill_polls(b), timeout_ms = poll_ms(b);
         pthread_mutex_unlock(&b->lock);
-        if (poll(b->polls, (nfds_t)count, timeout_ms) < 0)
-            for (int i = 0; i < count; i++)
-                b->polls[i].revents = 0;
+        epx__poll(b->polls, b->polls + count, count, timeout_ms);
         pthread_mutex_lock(&b->lock);
         look(b, count);
     }
