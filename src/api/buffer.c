@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "api/check.h"
 #include "api/objects.h"
 #include "api/rails.h"
 #include "base/alloc.h"
@@ -49,6 +50,7 @@ static epx_status_t check_config(const epx_buffer_config_t *c, int ranks)
     if ((uint64_t)c->tokens_max * (uint64_t)ranks > INT32_MAX)
         return epx__fail(EPX_E_INVALID, "tokens_max %u on %d ranks: together at most %d tokens", c->tokens_max, ranks,
                          INT32_MAX);
+    EPX__TRY(epx__check_timeout("epx_buffer_create", c->timeout_ms));
     if (c->sms < 0)
         return epx__fail(EPX_E_INVALID, "sms is %d; it must not be negative", c->sms);
     if (c->ll_tokens_max && (c->ll_hidden_max == 0 || c->ll_hidden_max % 8 || c->ll_hidden_max > 1u << 24))

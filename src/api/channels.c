@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "api/check.h"
 #include "api/objects.h"
 #include "base/alloc.h"
 #include "base/env.h"
@@ -203,6 +204,7 @@ epx_status_t epx_channels_create(epx_group_t *group, const epx_channels_config_t
     if (!group || !channels)
         return epx__fail(EPX_E_INVALID, "epx_channels_create: group and channels must not be NULL");
     EPX__TRY(epx__config_copy(&given, sizeof given, config, "epx_channels_config_t"));
+    EPX__TRY(epx__check_timeout("epx_channels_create", given.timeout_ms));
     own_t *own = epx__calloc(1, sizeof *own);
     if (own) {
         own->exports = epx__calloc((size_t)group->ranks, sizeof *own->exports);

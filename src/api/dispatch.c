@@ -13,6 +13,7 @@ epx_status_t epx_layout(epx_buffer_t *buffer, const epx_layout_t *layout, epx_st
     EPX__TRY(epx__buffer_find(&buffer, "epx_layout"));
     EPX__TRY(epx__config_copy(&l, sizeof l, layout, "epx_layout_t"));
     EPX__TRY(epx__check_routing(buffer, "epx_layout", l.topk_idx, &l.topk_idx_bits, l.tokens, l.topk, l.experts, &map));
+    EPX__TRY(epx__check_layout(buffer, &l));
     EPX__TRY(epx__buffer_usable(buffer, "epx_layout"));
     return buffer->x.ops->layout(&buffer->x, &l, &map, stream);
 }
@@ -193,7 +194,7 @@ epx_status_t epx_dispatch_end(epx_handle_t *handle, const epx_place_t *place, ep
                               epx_received_t *received)
 {
     EPX__TRY(handle_usable(&handle, "epx_dispatch_end"));
-    EPX__TRY(epx__check_place("epx_dispatch_end", place, handle->h.args.topk_idx_bits, received));
+    EPX__TRY(epx__check_place(handle->buffer, "epx_dispatch_end", place, handle->h.args.topk_idx_bits, received));
     if (handle->rows_done)
         return epx__fail(EPX_E_INVALID,
                          "epx_dispatch_end: this handle's rows have been dispatched; use epx_dispatch_again");
@@ -208,7 +209,7 @@ epx_status_t epx_dispatch(epx_buffer_t *buffer, const epx_dispatch_t *dispatch, 
     EPX__TRY(epx__buffer_find(&own, "epx_dispatch"));
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_dispatch: handle is NULL");
-    EPX__TRY(epx__check_place("epx_dispatch", place, dispatch ? dispatch->topk_idx_bits : 0, received));
+    EPX__TRY(epx__check_place(own, "epx_dispatch", place, dispatch ? dispatch->topk_idx_bits : 0, received));
     EPX__TRY(epx_dispatch_begin(buffer, dispatch, stream, &handle));
     epx_status_t status = epx_dispatch_end(handle, place, stream, received);
     /* The peers are in the second half already: when it was only refused here, the caller must be able to do it. */
@@ -224,7 +225,7 @@ epx_status_t epx_dispatch_again(epx_handle_t *handle, const epx_rows_t *rows, co
 {
     epx_rows_t r;
     EPX__TRY(handle_usable(&handle, "epx_dispatch_again"));
-    EPX__TRY(epx__check_place("epx_dispatch_again", place, 0, received));
+    EPX__TRY(epx__check_place(handle->buffer, "epx_dispatch_again", place, 0, received));
     if (!rows)
         return epx__fail(EPX_E_INVALID, "epx_dispatch_again: rows is NULL");
     if (!handle->rows_done)

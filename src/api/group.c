@@ -4,6 +4,7 @@
 #include <strings.h>
 #include <unistd.h>
 
+#include "api/check.h"
 #include "api/objects.h"
 #include "api/rails.h"
 #include "base/alloc.h"
@@ -320,7 +321,7 @@ static epx_status_t check_config(const epx_group_config_t *config)
     if (config->ranks_per_domain < 0 || config->device < 0)
         return epx__fail(EPX_E_INVALID, "epx_group_create: ranks_per_domain %d and device %d must not be negative",
                          config->ranks_per_domain, config->device);
-    return EPX_OK;
+    return epx__check_timeout("epx_group_create", config->timeout_ms);
 }
 
 epx_status_t epx_group_create(const epx_group_config_t *config, epx_group_t **out)
@@ -377,6 +378,7 @@ epx_status_t epx_group_barrier(epx_group_t *group, uint64_t timeout_ms)
 {
     if (!group)
         return epx__fail(EPX_E_INVALID, "epx_group_barrier: group is NULL");
+    EPX__TRY(epx__check_timeout("epx_group_barrier", timeout_ms));
     return epx__bootstrap_barrier(group->bootstrap, timeout_ms ? timeout_ms : group->timeout_ms);
 }
 
