@@ -173,7 +173,7 @@ static epx_status_t import_peers(epx_buffer_t *buffer)
         if (r == group->rank)
             buffer->x.peer[r] = buffer->x.window.base;
         else
-            EPX__TRY(epx__window_import(group->device, &buffer->exports[r], group->timeout_ms, &buffer->x.peer[r]));
+            EPX__TRY(epx__group_import(group, r, &buffer->exports[r], &buffer->x.peer[r]));
     }
     return EPX_OK;
 }

@@ -82,7 +82,7 @@ static epx_status_t map_domain(own_t *own, uint32_t channels)
                 "epx_channels_create: the library's own memory is %zu bytes here and less on rank %d; memory "
                 "that memory channels use must be of one size",
                 own->window_bytes, r);
-        EPX__TRY(epx__window_import(group->device, &own->exports[r], group->timeout_ms, &own->mapped[r]));
+        EPX__TRY(epx__group_import(group, r, &own->exports[r], &own->mapped[r]));
     }
     return EPX_OK;
 }

@@ -29,6 +29,19 @@ struct epx__verdict {
     char words[WORDS];
 };
 
+/* A rank that dies makes others fail, which then make others fail: whoever is told of those hears of the first, too. */
+static epx_status_t and_who_died(epx_group_t *group, epx_status_t status)
+{
+    char name[24];
+    int dead = 0;
+    while (dead < group->ranks && !epx__bootstrap_dead(group->bootstrap, dead))
+        dead++;
+    snprintf(name, sizeof name, "rank %d is gone", dead);
+    if (status == EPX_OK || dead == group->ranks || strstr(epx__detail(), name))
+        return status;
+    return epx__fail(status, "%s (%s)", epx__detail(), name);
+}
+
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing)
 {
     struct epx__verdict own = {.status = (int32_t)mine}, *all = group->verdicts;
@@ -36,14 +49,24 @@ epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char 
         snprintf(own.words, sizeof own.words, "%s", epx__detail());
     epx_status_t status = epx__bootstrap_allgather(group->bootstrap, &own, sizeof own, all, group->timeout_ms);
     if (mine != EPX_OK)
-        return epx__fail(mine, "%s", own.words);
+        return and_who_died(group, epx__fail(mine, "%s", own.words));
     for (int r = 0; status == EPX_OK && r < group->ranks; r++) {
         all[r].words[WORDS - 1] = 0;
         if (all[r].status != EPX_OK)
             status = epx__fail(EPX_E_PEER, "rank %d failed while %s: %s: %s", r, doing,
                                epx__status_name((epx_status_t)all[r].status), all[r].words);
     }
-    return status;
+    return and_who_died(group, status);
+}
+
+epx_status_t epx__group_import(epx_group_t *group, int rank, const epx__export_t *exported, void **mapped)
+{
+    epx_status_t status = epx__window_import(group->device, exported, group->timeout_ms, mapped);
+    if (status == EPX_OK)
+        return EPX_OK;
+    if (epx__bootstrap_dead(group->bootstrap, rank))
+        return epx__fail(EPX_E_PEER, "rank %d is gone, its window cannot be mapped: %s", rank, epx__detail());
+    return epx__fail(status, "the window of rank %d cannot be mapped: %s", rank, epx__detail());
 }
 
 /* ---- choices ---- */

@@ -86,6 +86,8 @@ size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t by
 /* Group (group.c): all ranks learn whether all succeeded; a rank that failed names itself. */
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing);
 void epx__group_unref(epx_group_t *group);
+/* Map the window of another rank of the domain; a failure names it, and says when it is gone. */
+epx_status_t epx__group_import(epx_group_t *group, int rank, const epx__export_t *exported, void **mapped);
 
 /* Config structs: copy `size` bytes of the caller's struct over zeros; refuse sizes that cannot be. */
 epx_status_t epx__config_copy(void *to, size_t to_bytes, const void *from, const char *what);

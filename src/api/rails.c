@@ -98,7 +98,7 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
         int rank = epx__topology_rank(&group->topology, rails->domain, i);
         void *mapped = rails->window.base;
         if (rank != group->rank)
-            EPX__TRY(epx__window_import(group->device, &own->exports[rank], group->timeout_ms, &mapped));
+            EPX__TRY(epx__group_import(group, rank, &own->exports[rank], &mapped));
         rails->member[i] = mapped;
     }
     return EPX_OK;

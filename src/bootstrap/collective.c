@@ -181,6 +181,21 @@ static int who_is_gone(const epx__bootstrap_t *b)
     return left;
 }
 
+/* Who has left may have done so because another died after it had given its part. */
+static void gone_words(const epx__bootstrap_t *b, int rank, char *words, size_t room)
+{
+    int dead = 0;
+    if (b->state[rank] == EPX__RANK_DEAD) {
+        snprintf(words, room, "rank %d is gone (its connection ended without a goodbye)", rank);
+        return;
+    }
+    while (dead < b->ranks && b->state[dead] != EPX__RANK_DEAD)
+        dead++;
+    int used = snprintf(words, room, "rank %d has left the group", rank);
+    if (dead < b->ranks)
+        snprintf(words + used, room - (size_t)used, "; rank %d is gone (its connection ended without a goodbye)", dead);
+}
+
 void epx__collective_look(epx__bootstrap_t *b)
 {
     char words[160];
@@ -191,9 +206,7 @@ void epx__collective_look(epx__bootstrap_t *b)
     }
     int gone = parts ? who_is_gone(b) : b->ranks;
     if (gone < b->ranks) {
-        snprintf(words, sizeof(words), "rank %d %s", gone,
-                 b->state[gone] == EPX__RANK_LEFT ? "has left the group"
-                                                  : "is gone (its connection ended without a goodbye)");
+        gone_words(b, gone, words, sizeof(words));
         abort_below(b, UINT64_MAX, EPX_E_PEER, words);
         return;
     }

@@ -135,6 +135,11 @@ static outcome_t attempt(leaf_t *leaf, epx__socket_t *socket)
         return AGAIN;
     }
     outcome_t outcome = introduce(leaf, socket);
+    if (outcome == LATE) { /* so that rank 0 does not take us for dead */
+        uint8_t tired[EPX__FRAME_BYTES];
+        epx__frame_encode(&(epx__frame_t){.type = EPX__FRAME_BYE, .from = leaf->hello.rank}, tired);
+        epx__socket_send_now(socket, tired, sizeof(tired));
+    }
     if (outcome != WELCOME)
         epx__socket_close(socket);
     return outcome;

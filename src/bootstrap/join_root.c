@@ -124,12 +124,14 @@ static bool send_present(const root_t *root, const epx__socket_t *socket)
     return epx__socket_send_now(socket, bytes, EPX__FRAME_BYTES + frame.bytes);
 }
 
-/* The connection of a rank that has come is still there. */
-static bool still_open(const epx__socket_t *socket)
+typedef enum presence { HERE, TIRED, GONE } presence_t;
+
+/* A rank that has come says nothing before it is welcomed, but for one thing: that its own deadline has passed. */
+static presence_t presence(const epx__socket_t *socket)
 {
     char byte;
     ssize_t got = recv(socket->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    return got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
+    return got > 0 ? TIRED : got < 0 && (errno == EAGAIN || errno == EINTR) ? HERE : GONE;
 }
 
 static void lose(root_t *root, uint32_t rank)
@@ -139,13 +141,29 @@ static void lose(root_t *root, uint32_t rank)
     root->news = true;
 }
 
+/* Something has come from a rank, or could not be sent to it. One that waits no longer is not the one that is missing;
+ * one that hung up without a word has died, and nobody need wait for it. */
+static void look_after(root_t *root, uint32_t rank)
+{
+    char words[EPX__WORDS_MAX];
+    presence_t now = presence(&root->b->link[rank].socket);
+    if (now == HERE)
+        return;
+    lose(root, rank);
+    snprintf(words, sizeof(words), "rank %u is gone (its connection ended while the ranks gathered)", rank);
+    if (now == TIRED)
+        return;
+    mark(root->told, rank);
+    decide(root, EPX_E_PEER, words);
+}
+
 static void take_hello(root_t *root, epx__guest_t *pending, const epx__hello_t *hello)
 {
     char words[EPX__WORDS_MAX];
     bool differs = disagree(root, hello, words, sizeof(words));
     bool known = hello->rank > 0 && hello->rank < root->ranks;
     epx__connection_t *link = root->b && known ? &root->b->link[hello->rank] : NULL;
-    if (!differs && root->verdict == EPX_OK && link->socket.open && !still_open(&link->socket))
+    if (!differs && root->verdict == EPX_OK && link->socket.open && presence(&link->socket) == GONE)
         lose(root, hello->rank);
     if (!differs && root->verdict == EPX_OK && link->socket.open) {
         snprintf(words, sizeof(words),
@@ -173,7 +191,7 @@ static void take_hello(root_t *root, epx__guest_t *pending, const epx__hello_t *
     mark(root->came, hello->rank);
     root->news = true;
     if (!send_present(root, &link->socket))
-        lose(root, hello->rank);
+        look_after(root, hello->rank);
 }
 
 static void turn_away(root_t *root, epx__guest_t *pending)
@@ -244,17 +262,16 @@ static void turn(root_t *root, uint64_t until_ns)
         if (pending->socket.open && now - pending->since_ns > EPX__GUEST_NS)
             turn_away(root, pending);
     }
-    /* Whoever has come says nothing before it is welcomed: anything to read is its end, or a fault. */
     for (int i = 1 + PENDING_MAX; i < count; i++) {
         uint32_t rank = (uint32_t)(i - 1 - PENDING_MAX);
         if (root->polls[i].revents && root->b->link[rank].socket.open)
-            lose(root, rank);
+            look_after(root, rank);
     }
     if (root->polls[0].revents)
         accept_some(root);
     for (uint32_t rank = 1; root->news && root->b && now - root->news_ns > NEWS_NS && rank < root->ranks; rank++)
         if (root->b->link[rank].socket.open && !send_present(root, &root->b->link[rank].socket))
-            lose(root, rank);
+            look_after(root, rank);
     if (root->news && now - root->news_ns > NEWS_NS) {
         root->news = false;
         root->news_ns = now;
@@ -342,23 +359,31 @@ static epx_status_t serve(root_t *root)
     return root->verdict == EPX_OK ? EPX_OK : epx__fail(root->verdict, "%s", root->words);
 }
 
-epx_status_t epx__join_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
+static epx_status_t serve_with(root_t *root, const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
 {
     uint32_t ranks = join->hello.ranks;
-    root_t *root = epx__calloc(1, sizeof(*root));
-    struct pollfd *polls = root && b ? epx__calloc(1 + PENDING_MAX + ranks, 2 * sizeof(*polls)) : NULL;
-    epx_status_t status;
-    if (root) {
-        root->join = join;
-        root->listener = listener;
-        root->ranks = ranks;
-        root->b = polls ? b : NULL;
-        root->polls = polls ? polls : root->few_polls;
-        status = serve(root);
-    } else {
-        status = epx__fail(EPX_E_NOMEM, "rendezvous: rank 0 has no memory to make the group");
-    }
+    struct pollfd *polls = b ? epx__calloc(1 + PENDING_MAX + ranks, 2 * sizeof(*polls)) : NULL;
+    root->join = join;
+    root->listener = listener;
+    root->ranks = ranks;
+    root->b = polls ? b : NULL;
+    root->polls = polls ? polls : root->few_polls;
+    epx_status_t status = serve(root);
     epx__free(polls);
+    return status;
+}
+
+/* Without memory there is still the stack, to tell the others. */
+__attribute__((noinline)) static epx_status_t serve_without(const epx__join_t *join, epx__socket_t *listener)
+{
+    root_t root = {.join = join};
+    return serve_with(&root, join, listener, NULL);
+}
+
+epx_status_t epx__join_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
+{
+    root_t *root = b ? epx__calloc(1, sizeof(*root)) : NULL;
+    epx_status_t status = root ? serve_with(root, join, listener, b) : serve_without(join, listener);
     epx__free(root);
     return status;
 }
