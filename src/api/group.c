@@ -59,6 +59,20 @@ epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char 
     return and_who_died(group, status);
 }
 
+epx_status_t epx__group_gather(void *context, const void *mine, size_t bytes, void *all)
+{
+    epx__gathering_t *gathering = context;
+    epx_group_t *group = gathering->group;
+    gathering->done++;
+    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
+}
+
+void epx__group_gather_no_more(const epx__gathering_t *gathering, epx_status_t status)
+{
+    if (status != EPX_OK)
+        epx__bootstrap_skip(gathering->group->bootstrap, EPX__GATHERINGS - gathering->done, status);
+}
+
 epx_status_t epx__group_import(epx_group_t *group, int rank, const epx__export_t *exported, void **mapped)
 {
     epx_status_t status = epx__window_import(group->device, exported, group->timeout_ms, mapped);
@@ -325,7 +339,12 @@ static epx_status_t build(epx_group_t *group, const epx_group_config_t *config)
         status = epx__bootstrap_barrier(group->bootstrap, group->timeout_ms);
     trial_close(group, &trial);
     EPX__TRY(status);
-    status = epx__group_choose_net(group, config->net);
+    if (config->net && strlen(config->net) >= sizeof group->net_asked)
+        status = epx__fail(EPX_E_INVALID, "the network's name \"%.40s...\" is too long", config->net);
+    else
+        snprintf(group->net_asked, sizeof group->net_asked, "%s", config->net ? config->net : "");
+    if (status == EPX_OK)
+        status = epx__group_choose_net(group, group->net_asked);
     return epx__group_agree(group, status, "opening the network between domains");
 }
 

@@ -23,6 +23,7 @@ struct epx_group {
     bool streaming;
     uint64_t timeout_ms;
     char net[64];
+    char net_asked[64]; /* by the configuration, else empty; also in one domain, for channels */
     char backend_why[192], domain_why[192], threads_why[160], net_why[192];
     struct epx__verdict *verdicts; /* [ranks] scratch of epx__group_agree */
     atomic_int references;         /* the caller's, and one a buffer */
@@ -86,6 +87,16 @@ size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t by
 /* Group (group.c): all ranks learn whether all succeeded; a rank that failed names itself. */
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing);
 void epx__group_unref(epx_group_t *group);
+/* What channel/channels.h calls while channels are made. A rank that fails between two of these all-gathers must not be
+ * waited for in the second. */
+typedef struct epx__gathering {
+    epx_group_t *group;
+    int done;
+} epx__gathering_t;
+enum { EPX__GATHERINGS = 2 }; /* of one epx__channels_create: what is agreed on, and the addresses */
+epx_status_t epx__group_gather(void *gathering, const void *mine, size_t bytes, void *all);
+/* After a failure: the others are told that this rank takes part in no more of them. */
+void epx__group_gather_no_more(const epx__gathering_t *gathering, epx_status_t status);
 /* Map the window of another rank of the domain; a failure names it, and says when it is gone. */
 epx_status_t epx__group_import(epx_group_t *group, int rank, const epx__export_t *exported, void **mapped);
 

@@ -47,12 +47,6 @@ epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
     return EPX_OK;
 }
 
-static epx_status_t gather(void *context, const void *mine, size_t bytes, void *all)
-{
-    epx_group_t *group = context;
-    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
-}
-
 /* A proxy: signals or credit have come. Whoever waits on the rank's bell looks again. */
 static void on_change(void *context)
 {
@@ -110,6 +104,7 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
     /* By number: EPX__RAILS_MEMORY_RAILS, EPX__RAILS_MEMORY_WINDOW. */
     epx_channel_memory_t memories[] = {{rails->window.base, rails->layout.total, 0},
                                        {buffer->x.window.base, buffer->x.layout.total_bytes, 0}};
+    epx__gathering_t gathering = {.group = group};
     for (int d = 0; d < group->topology.domains; d++)
         own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
     uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
@@ -126,12 +121,14 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
         .memory_count = 2,
         .any_sources = true,
         .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
-        .allgather = gather,
-        .allgather_context = group,
+        .allgather = epx__group_gather,
+        .allgather_context = &gathering,
         .changed = on_change,
         .changed_context = buffer,
     };
-    return epx__channels_create(&config, &rails->channels);
+    epx_status_t status = epx__channels_create(&config, &rails->channels);
+    epx__group_gather_no_more(&gathering, status);
+    return status;
 }
 
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)

@@ -41,6 +41,9 @@ epx_status_t epx__bootstrap_allgather(epx__bootstrap_t *bootstrap, const void *m
                                       uint64_t timeout_ms);
 epx_status_t epx__bootstrap_barrier(epx__bootstrap_t *bootstrap, uint64_t timeout_ms);
 
+/* This rank cannot take part in the next `count` collectives, and tells the others in them. Never waits. */
+void epx__bootstrap_skip(epx__bootstrap_t *bootstrap, int count, epx_status_t why);
+
 /* Tagged messages; order kept per (from, to, tag). A receive whose message has another size: EPX_E_MISMATCH. */
 epx_status_t epx__bootstrap_send(epx__bootstrap_t *bootstrap, int to, uint32_t tag, const void *data, size_t bytes);
 epx_status_t epx__bootstrap_recv(epx__bootstrap_t *bootstrap, int from, uint32_t tag, void *data, size_t bytes,

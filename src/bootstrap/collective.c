@@ -427,3 +427,14 @@ epx_status_t epx__bootstrap_barrier(epx__bootstrap_t *bootstrap, uint64_t timeou
 {
     return run(bootstrap, EPX__KIND_BARRIER, NULL, 0, NULL, timeout_ms);
 }
+
+/* One word for the last of them: who is in an earlier one learns the same. */
+void epx__bootstrap_skip(epx__bootstrap_t *b, int count, epx_status_t why)
+{
+    if (count < 1 || b->ranks == 1 || b->pid != getpid())
+        return;
+    pthread_mutex_lock(&b->lock);
+    b->operation += (uint64_t)count;
+    give_up(b, b->operation << 32, why);
+    pthread_mutex_unlock(&b->lock);
+}

@@ -24,8 +24,11 @@ typedef struct scarce {
 /* Take all descriptors but `spare`. */
 static void take_descriptors(int spare)
 {
-    struct rlimit limit = {.rlim_cur = LIMIT, .rlim_max = LIMIT};
+    struct rlimit limit;
     int last[MOST], fd, count = 0;
+    if (getrlimit(RLIMIT_NOFILE, &limit))
+        exit(3);
+    limit.rlim_cur = LIMIT;
     if (setrlimit(RLIMIT_NOFILE, &limit))
         exit(3);
     while ((fd = open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0)
@@ -126,6 +129,10 @@ static void body(xt_rank_t *self)
         for (int i = 0; i < 1000 && spare_descriptors() < s->spare; i++)
             usleep(1000);
         XT_CHECK(self, spare_descriptors() >= s->spare, "spare %d: only %d left", s->spare, spare_descriptors());
+        struct rlimit limit;
+        getrlimit(RLIMIT_NOFILE, &limit);
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit); /* sanitizers want some when the process ends */
     }
 }
 

@@ -44,7 +44,8 @@ static void body_oom(xt_rank_t *self)
     b.ll_tokens_max = 4;
     b.ll_hidden_max = 16;
     bool victim = self->rank == oom->victim;
-    epx_group_config_t g = {.timeout_ms = 2000, .threads = 2}; /* only who has no memory at all is mute */
+    /* Nobody should come to a deadline, but for those who wait for a rank that has no memory to say a word. */
+    epx_group_config_t g = {.timeout_ms = oom->sticky ? 2000 : 10000, .threads = 2};
     epx_unique_id_t id;
     if (self->rank == 0) /* what every process has once, before it is counted */
         epx_unique_id_create(NULL, &id);
