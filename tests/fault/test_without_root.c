@@ -32,7 +32,8 @@ static int call(xt_rank_t *self, epx_buffer_t *buffer, room_t *r)
     d.src_info = r->source;
     epx_ll_combine_t c = {.size = sizeof c, .x = r->y, .topk_idx = r->ids, .out = r->out, .weight_left = r->left};
     uint64_t start = epx__now_ns();
-    bool good = XT_OK(self, epx_ll_dispatch(buffer, &d, NULL, &handle)) && XT_OK(self, epx_ll_combine(handle, &c, NULL));
+    bool good =
+        XT_OK(self, epx_ll_dispatch(buffer, &d, NULL, &handle)) && XT_OK(self, epx_ll_combine(handle, &c, NULL));
     double ms = (double)(epx__now_ns() - start) / 1e6;
     XT_CHECK(self, ms < AT_ONCE_MS, "a call took %.0f ms", ms);
     return good ? (int)r->left[0] : -1;
