@@ -254,6 +254,7 @@ static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *confi
     status = import_peers(buffer);
     EPX__TRY(epx__group_agree(group, status, "mapping the peers' windows"));
     EPX__TRY(epx__buffer_rails_open(buffer));
+    EPX__TRY(epx__buffer_ll_net_open(buffer));
     status = buffer->x.ops->create(&buffer->x);
     buffer->created = status == EPX_OK;
     if (status == EPX_OK)
@@ -271,6 +272,7 @@ static void unmake(epx_buffer_t *buffer)
         epx__bootstrap_off_death(group->bootstrap, buffer->death_slot);
     if (x->ll)
         group->ll_ops->destroy(x);
+    epx__buffer_ll_net_close(buffer);
     if (buffer->created)
         x->ops->destroy(x);
     epx__buffer_rails_close(buffer);

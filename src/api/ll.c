@@ -241,9 +241,9 @@ epx_status_t epx_ll_plan(epx_ll_plan_t *plan)
     uint32_t slots = plan->slots ? plan->slots : 2;
     EPX__TRY(epx__ll_layout_make(plan->ranks, plan->tokens_max, plan->hidden, plan->topk, slots, 0, &l));
     plan->slots = slots;
-    plan->words_bytes = l.ids_offset - l.words_offset;
-    plan->ids_bytes = l.rows_offset - l.ids_offset;
-    plan->dispatch_bytes = l.back_offset - l.rows_offset;
+    plan->words_bytes = l.sources_offset - l.words_offset;
+    plan->ids_bytes = (uint64_t)slots * plan->ranks * l.block_bytes;
+    plan->dispatch_bytes = l.back_offset - l.sources_offset - plan->ids_bytes;
     plan->combine_bytes = l.row_flags_offset - l.back_offset;
     plan->words_bytes += l.total_bytes - l.row_flags_offset;
     plan->window_bytes = l.total_bytes;

@@ -104,30 +104,37 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     return EPX_OK;
 }
 
-static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+void epx__rails_channels_config(epx_buffer_t *buffer, struct epx__channels_config *config)
 {
     epx_group_t *group = buffer->group;
-    epx_channel_memory_t memory = {rails->window.base, rails->layout.total, 0};
-    for (int d = 0; d < group->topology.domains; d++)
-        own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
     uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
-    epx__channels_config_t config = {
+    *config = (epx__channels_config_t){
         .rank = group->rank,
         .ranks = group->ranks,
-        .wanted = own->wanted,
         .net = group->net,
         .address = address_of(group),
         .nic = epx__env_text(EPX__ENV_NIC),
-        .channels = EPX__RAIL_CHANNELS,
-        .proxies = 1,
-        .memories = &memory,
-        .memory_count = 1,
         .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
         .allgather = gather,
         .allgather_context = group,
         .changed = on_change,
         .changed_context = buffer,
     };
+}
+
+static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+{
+    epx_group_t *group = buffer->group;
+    epx_channel_memory_t memory = {rails->window.base, rails->layout.total, 0};
+    for (int d = 0; d < group->topology.domains; d++)
+        own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
+    epx__channels_config_t config;
+    epx__rails_channels_config(buffer, &config);
+    config.wanted = own->wanted;
+    config.channels = EPX__RAIL_CHANNELS;
+    config.proxies = 1;
+    config.memories = &memory;
+    config.memory_count = 1;
     return epx__channels_create(&config, &rails->channels);
 }
 

@@ -9,5 +9,12 @@ epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked);
 /* Buffer: window, imports, channels; fills x.net. Collective. */
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer);
 void epx__buffer_rails_close(epx_buffer_t *buffer); /* local, bounded */
+/* What all port channels of a buffer are made with; the caller adds peers, memories and sizes. */
+struct epx__channels_config;
+void epx__rails_channels_config(epx_buffer_t *buffer, struct epx__channels_config *config);
+
+/* The part of low latency that crosses domains (ll_net.c); fills x.ll_net, NULL when there is none. Collective. */
+epx_status_t epx__buffer_ll_net_open(epx_buffer_t *buffer);
+void epx__buffer_ll_net_close(epx_buffer_t *buffer); /* local, bounded */
 
 #endif
