@@ -21,7 +21,8 @@ typedef struct xl_world {
     epx__experts_t map;
     uint8_t masked[XT_RANKS_MAX]; /* at all ranks alike, but for the masked ones, which are not there */
     bool zero_copy;
-    uint64_t wire; /* bytes that this rank must have given to the network by now (docs/PROTOCOL-LL.md) */
+    uint64_t wire;       /* bytes that this rank must have given to the network by now (docs/PROTOCOL-LL.md) */
+    uint32_t loose_from; /* from that op on it may be less: others may have left, and nothing is put to them; 0 never */
 } xl_world_t;
 
 /* What a call is like. */

@@ -9,6 +9,9 @@
  *
  * A word for which there is no room (a far proxy that applies nothing, so a rank that is given up) is kept in `want`
  * and told later; since a word only grows, one add makes up for all that were missed.
+ *
+ * A far rank that is gone (it has all that it needed and left; or it is lost) takes nothing any more: what is for it is
+ * dropped, as stores to the window of a near rank that has left would be. Whoever waits for it says so.
  */
 #include <sched.h>
 #include <stddef.h>
@@ -79,6 +82,7 @@ static bool push_line(epx__ll_cpu_t *ll, int rank, uint64_t slot)
     static const int order[] = {EPX__LL_TAKEN, EPX__LL_LEFT_OUT, EPX__LL_COMBINED, EPX__LL_DISPATCHED};
     const epx_port_channel_t *channel = epx__ll_net_channel(ll->net, rank);
     epx__ll_line_t *line = line_of(ll, rank, slot);
+    bool gone = epx__ll_net_gone(ll, rank);
     size_t at =
         epx__ll_words_at(&ll->layout, slot, (uint32_t)ll->exchange->rank) - ll->layout.words_offset; /* of the line */
     for (size_t i = 0; i < sizeof order / sizeof order[0]; i++) {
@@ -86,6 +90,10 @@ static bool push_line(epx__ll_cpu_t *ll, int rank, uint64_t slot)
         uint64_t lacks = line->want[word] - line->told[word];
         if (lacks == 0)
             continue;
+        if (gone) {
+            line->told[word] = line->want[word];
+            continue;
+        }
         if (!room(channel, 1))
             return false;
         if (epx_port_atomic_add(channel, EPX__LL_NET_WINDOW, at + 8 * (size_t)word, (int64_t)lacks) != EPX_OK)
@@ -126,7 +134,7 @@ void epx__ll_net_retry(epx__ll_cpu_t *ll)
 static bool room_for_words(epx__ll_cpu_t *ll, int rank, void *context)
 {
     (void)context;
-    return room(epx__ll_net_channel(ll->net, rank), EPX__LL_NET_WORDS);
+    return epx__ll_net_gone(ll, rank) || room(epx__ll_net_channel(ll->net, rank), EPX__LL_NET_WORDS);
 }
 
 static epx_status_t tell_pending(epx__ll_cpu_t *ll, int rank, void *context)
@@ -163,6 +171,8 @@ bool epx__ll_net_ready(const epx__ll_cpu_t *ll, int rank, uint64_t number, size_
 {
     const epx_port_channel_t *channel = epx__ll_net_channel(ll->net, rank);
     const epx__ll_line_t *line = line_of(ll, rank, number % ll->layout.slots);
+    if (epx__ll_net_gone(ll, rank) && !EPX__MUTATE(ll_net_waits_for_gone))
+        return true;
     bool free = epx_ld_acquire_sys_u64(channel->acked) >= line->put || EPX__MUTATE(ll_net_out_reused);
     return free && room(channel, bytes / channel->put_bytes_max + 1 + EPX__LL_NET_WORDS);
 }
@@ -171,6 +181,8 @@ epx_status_t epx__ll_net_put(epx__ll_cpu_t *ll, int rank, uint64_t number, size_
 {
     const epx_port_channel_t *channel = epx__ll_net_channel(ll->net, rank);
     uint64_t slot = number % ll->layout.slots;
+    if (epx__ll_net_gone(ll, rank))
+        return EPX_OK;
     epx_status_t status =
         epx_port_put(channel, epx_port_memories(EPX__LL_NET_WINDOW, EPX__LL_NET_OUT), offset - ll->layout.words_offset,
                      epx__ll_net_out_at(ll->net, slot, rank), bytes);
