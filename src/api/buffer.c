@@ -199,6 +199,7 @@ static void on_death(void *context, int rank)
 {
     epx_buffer_t *buffer = context;
     const epx__ll_ops_t *ll_ops = buffer->group->ll_ops;
+    epx__buffer_rails_lost(buffer, rank);
     if (buffer->x.ll && ll_ops->outlives && ll_ops->outlives(&buffer->x, rank))
         return;
     epx__exchange_fault(&buffer->x, EPX_E_PEER, "rank %d is gone (its process ended or its host is out of reach)",

@@ -177,6 +177,13 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
     return epx__group_agree(group, status, "trying the rails");
 }
 
+void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank)
+{
+    epx__rails_t *rails = buffer->x.net;
+    if (rails)
+        epx__channels_lost(rails->channels, rank);
+}
+
 void epx__buffer_rails_close(epx_buffer_t *buffer)
 {
     epx__rails_t *rails = buffer->x.net;

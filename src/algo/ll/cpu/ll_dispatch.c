@@ -440,6 +440,7 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
                            .give_up = owes,
                            .context = call};
     memcpy(ll->done, ll->masked, ranks);
+    epx__ll_net_retry(ll);
     EPX__TRY(epx__ll_serve_all(ll, &wait));
     if (EPX__MUTATE(ll_taken_first)) {
         tell_taken(ll, call);

@@ -1,0 +1,402 @@
+/*
+ * Low latency between domains when a far rank does not do its part: every wait ends at its deadline and names that rank
+ * and what was waited for; a rank that dies is named at once, whatever half it dies before; one that is masked holds
+ * nobody up, and finds all it was told when it wakes.
+ *
+ *     fault_test_ll_net [part of a test's name]
+ */
+#include "common/world.h"
+
+#include <epx/ll.h>
+
+#include "base/clock.h"
+#include "base/fail.h"
+#include "net/net.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { TOKENS = 2, HIDDEN = 64, RANKS_MOST = 4, SLOTS_MOST = 40, PATIENT_MS = 8000, DEADLINE_MS = 300 };
+enum { SEND, RECV, COMBINE_SEND, COMBINE_RECV, HALVES };
+static const char *const half_name[] = {"ll_dispatch_send", "ll_dispatch_recv", "ll_combine_send", "ll_combine_recv"};
+
+/* One expert a rank, every token chooses all. Rank r's expert gives 1 + r. */
+typedef struct trip {
+    xt_rank_t *self;
+    epx_buffer_t *buffer;
+    epx_ll_handle_t *handle[SLOTS_MOST];
+    uint32_t slots, hidden;
+    uint64_t timeout_ms;
+    int64_t ids[TOKENS * RANKS_MOST];
+    _Alignas(16) uint16_t x[TOKENS][HIDDEN], y[RANKS_MOST * TOKENS][HIDDEN], out[TOKENS][HIDDEN];
+    _Alignas(16) uint16_t recv[RANKS_MOST * TOKENS][HIDDEN];
+    float left[TOKENS];
+    int32_t count[1], source[RANKS_MOST * TOKENS];
+} trip_t;
+
+static uint16_t bf16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)(bits >> 16); /* small whole numbers: exact */
+}
+
+static bool trip_open(xt_rank_t *self, trip_t *t, uint32_t slots, bool mask_on_timeout)
+{
+    epx_buffer_config_t c = {.size = sizeof c, .lease_bytes = 1u << 16, .reserve_bytes = 1u << 16, .tokens_max = 4};
+    c.topk_max = RANKS_MOST;
+    c.experts_max = RANKS_MOST;
+    c.handles_max = 1;
+    c.timeout_ms = PATIENT_MS;
+    c.ll_tokens_max = TOKENS;
+    c.ll_hidden_max = HIDDEN;
+    c.ll_slots = slots;
+    c.ll_mask_on_timeout = mask_on_timeout;
+    memset(t, 0, sizeof *t);
+    t->self = self;
+    t->slots = slots;
+    t->hidden = HIDDEN;
+    t->timeout_ms = PATIENT_MS;
+    for (int i = 0; i < TOKENS * self->ranks; i++)
+        t->ids[i] = i % self->ranks;
+    for (int i = 0; i < RANKS_MOST * TOKENS * HIDDEN; i++)
+        t->y[i / HIDDEN][i % HIDDEN] = bf16((float)(1 + self->rank));
+    return XT_OK(self, epx_buffer_create(self->group, &c, &t->buffer));
+}
+
+/* One half of call `n` (from 1). */
+static epx_status_t half(trip_t *t, int which, uint32_t n)
+{
+    uint32_t ranks = (uint32_t)t->self->ranks;
+    epx_ll_handle_t **handle = &t->handle[n % t->slots];
+    epx_ll_dispatch_t d = {.size = sizeof d, .x = t->x, .tokens = TOKENS, .hidden = t->hidden, .topk_idx = t->ids};
+    epx_ll_combine_t c = {.size = sizeof c, .x = t->y, .topk_idx = t->ids, .out = t->out, .weight_left = t->left};
+    d.topk = d.experts = ranks;
+    d.recv_x = t->recv;
+    d.recv_count = t->count;
+    d.src_info = t->source;
+    d.timeout_ms = c.timeout_ms = t->timeout_ms;
+    switch (which) {
+    case SEND: return epx_ll_dispatch_send(t->buffer, &d, NULL, handle);
+    case RECV: return epx_ll_dispatch_recv(*handle, NULL);
+    case COMBINE_SEND: return epx_ll_combine_send(*handle, &c, NULL);
+    default: return epx_ll_combine_recv(*handle, NULL);
+    }
+}
+
+static bool halves(trip_t *t, int first, int last, uint32_t n)
+{
+    bool good = true;
+    for (int which = first; good && which <= last; which++)
+        good = XT_OK(t->self, half(t, which, n));
+    return good;
+}
+
+static void check_out(trip_t *t, unsigned from, const char *when)
+{
+    float sum = 0, weight = 0;
+    for (int r = 0; r < t->self->ranks; r++)
+        if (from >> r & 1) {
+            sum += (float)(1 + r);
+            weight += 1;
+        }
+    for (int i = 0; i < TOKENS; i++)
+        XT_CHECK(t->self, t->left[i] == weight && t->out[i][0] == bf16(sum) && t->out[i][HIDDEN - 1] == bf16(sum),
+                 "%s: token %d: weight %g, not %g; %#x, not %#x", when, i, (double)t->left[i], (double)weight,
+                 t->out[i][0], bf16(sum));
+}
+
+static bool names(const char *words, int rank)
+{
+    char name[16];
+    snprintf(name, sizeof name, "rank %d", rank);
+    return strstr(words, name) != NULL;
+}
+
+/* ---- deadlines ---- */
+
+/* Where rank 0 waits for rank 1, which does `peer` calls' first halves and then only watches, or is stopped. */
+typedef struct site {
+    const char *stage, *half;
+    uint32_t slots, peer_sends; /* rank 1 dispatches so often */
+    uint32_t sends, recvs, releases;
+    bool combine; /* rank 0 then combines call 1 */
+    bool stopped; /* rank 1's process: its proxy applies nothing */
+} site_t;
+
+static const site_t sites[] = {
+    {"its tokens", "ll_dispatch_recv", 2, 0, 1, 1, 0, false, false},
+    {"its slot to be free", "ll_dispatch_send", 1, 1, 2, 1, 1, false, false},
+    {"its expert outputs", "ll_combine_recv", 2, 1, 1, 1, 0, true, false},
+    {"room in the channel to it", "ll_combine_send", 2, 1, 1, 1, 0, true, true},
+    {"room in the channel to it", "ll_dispatch_send", 40, 1, 31, 0, 0, false, true},
+    {"room for words in the channel to it", "ll_dispatch_recv", 40, 8, 30, 5, 0, false, true},
+};
+
+static void stop_until_told(xt_rank_t *self)
+{
+    atomic_store(&self->world->note[1], getpid());
+    xt_mark(self, 0);
+    raise(SIGSTOP);
+}
+
+static void wake(xt_rank_t *self)
+{
+    kill((pid_t)atomic_load(&self->world->note[1]), SIGCONT);
+}
+
+static epx_status_t to_the_site(trip_t *t, const site_t *site)
+{
+    epx_status_t status = EPX_OK;
+    uint32_t recv = 0, released = 0;
+    for (uint32_t n = 1; status == EPX_OK && n <= site->sends; n++) {
+        status = half(t, SEND, n);
+        if (status != EPX_OK || site->slots > 2)
+            continue;
+        if (recv < site->recvs)
+            status = half(t, RECV, ++recv);
+        if (status == EPX_OK && released < site->releases)
+            epx_ll_handle_release(t->handle[++released % t->slots], NULL);
+    }
+    while (status == EPX_OK && recv < site->recvs)
+        status = half(t, RECV, ++recv);
+    if (status == EPX_OK && site->combine)
+        status = half(t, COMBINE_SEND, 1);
+    return status == EPX_OK && site->combine ? half(t, COMBINE_RECV, 1) : status;
+}
+
+static void body_site(xt_rank_t *self)
+{
+    const site_t *site = self->context;
+    trip_t t;
+    if (!trip_open(self, &t, site->slots, false))
+        return;
+    if (self->rank == 1) {
+        bool good = true;
+        for (uint32_t n = 1; good && n <= site->peer_sends; n++)
+            good = XT_OK(self, half(&t, SEND, n));
+        usleep(100000); /* until they have been applied there */
+        if (site->stopped)
+            stop_until_told(self);
+        else
+            xt_mark(self, 0);
+        xt_wait_mark(self, 1, 1);
+    } else {
+        xt_wait_mark(self, 0, 1);
+        usleep(20000);
+        t.timeout_ms = DEADLINE_MS;
+        uint64_t start = epx__now_ns();
+        epx_status_t status = to_the_site(&t, site);
+        double took = (double)(epx__now_ns() - start) * 1e-9;
+        const char *words = epx_error_detail();
+        XT_CHECK(self, status == EPX_E_TIMEOUT && names(words, 1) && strstr(words, site->stage) &&
+                           strstr(words, site->half) && strstr(words, "call "),
+                 "%s: %s", epx_status_name(status), words);
+        XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 1.0, "%.3f s", took);
+        status = half(&t, SEND, 40);
+        XT_CHECK(self, status == EPX_E_BROKEN, "then %s: %s", epx_status_name(status), epx_error_detail());
+        if (site->stopped)
+            wake(self);
+        xt_mark(self, 1);
+    }
+    epx_buffer_destroy(t.buffer);
+}
+
+/* The same, but the buffer masks who misses a deadline: the call goes on without it. */
+static void body_masked_site(xt_rank_t *self)
+{
+    trip_t t;
+    if (!trip_open(self, &t, 2, true))
+        return;
+    if (self->rank == 1) {
+        XT_OK(self, half(&t, SEND, 1));
+        usleep(100000);
+        stop_until_told(self);
+        xt_wait_mark(self, 1, 1);
+        /* It was left out, and is told so. */
+        if (halves(&t, RECV, COMBINE_RECV, 1))
+            check_out(&t, 2, "the rank that was stopped");
+        xt_mark(self, 2);
+    } else {
+        xt_wait_mark(self, 0, 1);
+        usleep(20000);
+        t.timeout_ms = DEADLINE_MS;
+        if (halves(&t, SEND, COMBINE_RECV, 1))
+            check_out(&t, 1, "without the stopped rank");
+        int32_t masked[RANKS_MOST] = {0};
+        XT_CHECK(self, epx_ll_mask_get(t.buffer, masked) == EPX_OK && masked[1], "rank 1 is not masked");
+        wake(self);
+        xt_mark(self, 1);
+        xt_wait_mark(self, 2, 1);
+        if (halves(&t, SEND, COMBINE_RECV, 2) && halves(&t, SEND, COMBINE_RECV, 3)) /* slot 1 again: it has settled */
+            check_out(&t, 1, "the slot again");
+    }
+    xt_mark(self, 3);
+    xt_wait_mark(self, 3, 2);
+    epx_buffer_destroy(t.buffer);
+}
+
+/* ---- words that find no room ---- */
+
+/*
+ * Rank 1 dispatches 40 calls and is stopped. Rank 0 fills its channel to it with 30 calls and takes out ten: the words
+ * of the last six find no room. It masks rank 1, so it goes on. When rank 1 wakes, the next half tells it all: its
+ * further calls need every slot's `taken`.
+ */
+static void body_words(xt_rank_t *self)
+{
+    enum { CALLS = 40, FIRST = 30, TAKEN = 10 };
+    trip_t t;
+    bool good = true;
+    if (!trip_open(self, &t, CALLS, false))
+        return;
+    if (self->rank == 1) {
+        for (uint32_t n = 1; good && n <= CALLS; n++)
+            good = XT_OK(self, half(&t, SEND, n));
+        usleep(100000);
+        stop_until_told(self);
+        for (uint32_t n = 1; good && n <= FIRST; n++) {
+            good = XT_OK(self, half(&t, RECV, n));
+            epx_ll_handle_release(t.handle[n % CALLS], NULL);
+        }
+        for (uint32_t n = CALLS + 1; good && n <= CALLS + TAKEN; n++)
+            good = XT_OK(self, half(&t, SEND, n));
+        xt_mark(self, 1);
+    } else {
+        xt_wait_mark(self, 0, 1);
+        usleep(20000);
+        for (uint32_t n = 1; good && n <= FIRST; n++)
+            good = XT_OK(self, half(&t, SEND, n));
+        for (uint32_t n = 1; good && n <= 4; n++)
+            good = XT_OK(self, half(&t, RECV, n));
+        XT_OK(self, epx_ll_mask_set(t.buffer, 1, 1, NULL));
+        uint64_t start = epx__now_ns();
+        for (uint32_t n = 5; good && n <= TAKEN; n++)
+            good = XT_OK(self, half(&t, RECV, n));
+        XT_CHECK(self, epx__now_ns() - start < 500000000ull, "words to a masked rank were waited for");
+        wake(self);
+        usleep(300000); /* until it has applied what lay in the channel */
+        good = good && XT_OK(self, half(&t, RECV, TAKEN + 1));
+        xt_wait_mark(self, 1, 1);
+    }
+    xt_mark(self, 2);
+    xt_wait_mark(self, 2, 2);
+    epx_buffer_destroy(t.buffer);
+}
+
+/* ---- death ---- */
+
+/* Rank `victim` of four in two domains is killed before a half of call 3; nobody masks. */
+typedef struct death {
+    int victim, half;
+} death_t;
+
+static void body_death(xt_rank_t *self)
+{
+    const death_t *death = self->context;
+    trip_t t;
+    epx_status_t status = EPX_OK;
+    if (!trip_open(self, &t, 2, false))
+        return;
+    for (uint32_t n = 1; status == EPX_OK && n < 2000; n++)
+        for (int which = SEND; status == EPX_OK && which < HALVES; which++) {
+            if (self->rank == death->victim && n == 3 && which == death->half) {
+                atomic_store(&self->world->note[0], (long)(epx__now_ns() / 1000000));
+                raise(SIGKILL);
+            }
+            status = half(&t, which, n);
+        }
+    long since = (long)(epx__now_ns() / 1000000) - atomic_load(&self->world->note[0]);
+    const char *words = epx_error_detail();
+    XT_CHECK(self, status == EPX_E_PEER && names(words, death->victim), "%s: %s", epx_status_name(status), words);
+    XT_CHECK(self, since < 1500, "%ld ms after the death", since);
+    uint64_t start = epx__now_ns();
+    epx_buffer_destroy(t.buffer);
+    XT_CHECK(self, epx__now_ns() - start < 4000000000ull, "destroy took too long");
+}
+
+/* ---- shapes ---- */
+
+static void body_mismatch(xt_rank_t *self)
+{
+    trip_t t;
+    if (!trip_open(self, &t, 2, false))
+        return;
+    if (self->rank == 1)
+        t.hidden = HIDDEN / 2;
+    epx_status_t status = half(&t, SEND, 1);
+    if (status == EPX_OK)
+        status = half(&t, RECV, 1);
+    const char *words = epx_error_detail();
+    XT_CHECK(self, status == EPX_E_MISMATCH || status == EPX_E_PEER, "%s: %s", epx_status_name(status), words);
+    XT_CHECK(self, strstr(words, "disagree on the shape"), "%s", words);
+    xt_mark(self, 0);
+    xt_wait_mark(self, 0, 2);
+    epx_buffer_destroy(t.buffer);
+}
+
+/* ---- main ---- */
+
+static const char *part = "";
+
+static bool here(const char *spec)
+{
+    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
+    epx__net_t *net = NULL;
+    bool there = !getenv("EPX_TEST_THREADS") && epx__net_open(spec, &config, &net) == EPX_OK;
+    if (!there)
+        printf("%s: not here\n", spec);
+    epx__net_close(net);
+    return there;
+}
+
+static void run(const char *name, const char *net, int ranks, int per_domain, void (*body)(xt_rank_t *),
+                const void *context, uint64_t may_die)
+{
+    char text[128];
+    snprintf(text, sizeof text, "%s, %s", name, net);
+    if (!strstr(text, part))
+        return;
+    setenv("EPX_NET", net, 1);
+    xt_run_t r = {.name = text, .ranks = ranks, .processes = strncmp(net, "ofi", 3) == 0, .threads = 1, .body = body};
+    r.ranks_per_domain = per_domain;
+    r.context = (void *)context;
+    r.may_die = may_die;
+    r.limit_ms = 30000;
+    xt_run(&r);
+}
+
+static void run_processes(const char *net)
+{
+    char name[64];
+    for (size_t i = 0; i < sizeof sites / sizeof *sites; i++)
+        if (sites[i].stopped)
+            run(sites[i].stage, net, 2, 1, body_site, &sites[i], 0);
+    run("a stopped rank is masked", net, 2, 1, body_masked_site, NULL, 0);
+    run("words without room", net, 2, 1, body_words, NULL, 0);
+    for (int which = SEND; which < HALVES; which++) {
+        death_t death = {.victim = which, .half = which};
+        snprintf(name, sizeof name, "killed before %s", half_name[which]);
+        run(name, net, 4, 2, body_death, &death, 1ull << death.victim);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static const char *const local[] = {"loop", "sim:3"};
+    part = argc > 1 ? argv[1] : "";
+    for (size_t n = 0; n < 2; n++) {
+        for (size_t i = 0; i < sizeof sites / sizeof *sites; i++)
+            if (!sites[i].stopped)
+                run(sites[i].stage, local[n], 2, 1, body_site, &sites[i], 0);
+        run("mismatch", local[n], 2, 1, body_mismatch, NULL, 0);
+    }
+    if (here("ofi:tcp"))
+        run_processes("ofi:tcp");
+    if (here("ofi:shm"))
+        run_processes("ofi:shm");
+    return xt_done();
+}
