@@ -8,7 +8,7 @@
 epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked);
 /* Buffer: window, imports, channels; fills x.net. Collective. */
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer);
-void epx__buffer_rails_close(epx_buffer_t *buffer); /* local, bounded */
+void epx__buffer_rails_close(epx_buffer_t *buffer);          /* local, bounded */
 void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank); /* from any thread: that rank is dead */
 /* What all port channels of a buffer are made with; the caller adds peers, memories and sizes. */
 struct epx__channels_config;

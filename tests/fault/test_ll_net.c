@@ -9,6 +9,8 @@
 
 #include <epx/ll.h>
 
+#include "algo/ll/net.h"
+#include "api/objects.h"
 #include "base/clock.h"
 #include "base/fail.h"
 #include "net/net.h"
@@ -67,6 +69,11 @@ static bool trip_open(xt_rank_t *self, trip_t *t, uint32_t slots, bool mask_on_t
     return XT_OK(self, epx_buffer_create(self->group, &c, &t->buffer));
 }
 
+static bool is_process(void)
+{
+    return strncmp(getenv("EPX_NET"), "ofi", 3) == 0;
+}
+
 /* One half of call `n` (from 1). */
 static epx_status_t half(trip_t *t, int which, uint32_t n)
 {
@@ -80,10 +87,14 @@ static epx_status_t half(trip_t *t, int which, uint32_t n)
     d.src_info = t->source;
     d.timeout_ms = c.timeout_ms = t->timeout_ms;
     switch (which) {
-    case SEND: return epx_ll_dispatch_send(t->buffer, &d, NULL, handle);
-    case RECV: return epx_ll_dispatch_recv(*handle, NULL);
-    case COMBINE_SEND: return epx_ll_combine_send(*handle, &c, NULL);
-    default: return epx_ll_combine_recv(*handle, NULL);
+    case SEND:
+        return epx_ll_dispatch_send(t->buffer, &d, NULL, handle);
+    case RECV:
+        return epx_ll_dispatch_recv(*handle, NULL);
+    case COMBINE_SEND:
+        return epx_ll_combine_send(*handle, &c, NULL);
+    default:
+        return epx_ll_combine_recv(*handle, NULL);
     }
 }
 
@@ -136,16 +147,30 @@ static const site_t sites[] = {
     {"room for words in the channel to it", "ll_dispatch_recv", 40, 8, 30, 5, 0, false, true},
 };
 
-static void stop_until_told(xt_rank_t *self)
+/* A process is stopped; of a thread, its proxies are held. Either way nothing that comes is applied. */
+static void stop_until_told(xt_rank_t *self, const trip_t *t)
 {
-    atomic_store(&self->world->note[1], getpid());
+    const epx__ll_net_t *net = t->buffer->x.ll_net;
+    if (is_process()) {
+        atomic_store(&self->world->note[1], getpid());
+        xt_mark(self, 0);
+        raise(SIGSTOP);
+        return;
+    }
+    for (uint32_t p = 0; p < net->channels->proxies; p++)
+        pthread_mutex_lock(&net->channels->proxy[p].lock);
     xt_mark(self, 0);
-    raise(SIGSTOP);
+    xt_wait_mark(self, 5, 1);
+    for (uint32_t p = 0; p < net->channels->proxies; p++)
+        pthread_mutex_unlock(&net->channels->proxy[p].lock);
 }
 
 static void wake(xt_rank_t *self)
 {
-    kill((pid_t)atomic_load(&self->world->note[1]), SIGCONT);
+    if (is_process())
+        kill((pid_t)atomic_load(&self->world->note[1]), SIGCONT);
+    else
+        xt_mark(self, 5);
 }
 
 static epx_status_t to_the_site(trip_t *t, const site_t *site)
@@ -180,7 +205,7 @@ static void body_site(xt_rank_t *self)
             good = XT_OK(self, half(&t, SEND, n));
         usleep(100000); /* until they have been applied there */
         if (site->stopped)
-            stop_until_told(self);
+            stop_until_told(self, &t);
         else
             xt_mark(self, 0);
         xt_wait_mark(self, 1, 1);
@@ -192,8 +217,9 @@ static void body_site(xt_rank_t *self)
         epx_status_t status = to_the_site(&t, site);
         double took = (double)(epx__now_ns() - start) * 1e-9;
         const char *words = epx_error_detail();
-        XT_CHECK(self, status == EPX_E_TIMEOUT && names(words, 1) && strstr(words, site->stage) &&
-                           strstr(words, site->half) && strstr(words, "call "),
+        XT_CHECK(self,
+                 status == EPX_E_TIMEOUT && names(words, 1) && strstr(words, site->stage) &&
+                     strstr(words, site->half) && strstr(words, "call "),
                  "%s: %s", epx_status_name(status), words);
         XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 1.0, "%.3f s", took);
         status = half(&t, SEND, 40);
@@ -214,7 +240,7 @@ static void body_masked_site(xt_rank_t *self)
     if (self->rank == 1) {
         XT_OK(self, half(&t, SEND, 1));
         usleep(100000);
-        stop_until_told(self);
+        stop_until_told(self, &t);
         xt_wait_mark(self, 1, 1);
         /* It was left out, and is told so. */
         if (halves(&t, RECV, COMBINE_RECV, 1))
@@ -257,7 +283,7 @@ static void body_words(xt_rank_t *self)
         for (uint32_t n = 1; good && n <= CALLS; n++)
             good = XT_OK(self, half(&t, SEND, n));
         usleep(100000);
-        stop_until_told(self);
+        stop_until_told(self, &t);
         for (uint32_t n = 1; good && n <= FIRST; n++) {
             good = XT_OK(self, half(&t, RECV, n));
             epx_ll_handle_release(t.handle[n % CALLS], NULL);
@@ -369,34 +395,32 @@ static void run(const char *name, const char *net, int ranks, int per_domain, vo
     xt_run(&r);
 }
 
-static void run_processes(const char *net)
+static void run_all(const char *net)
 {
+    bool processes = strncmp(net, "ofi", 3) == 0;
     char name[64];
     for (size_t i = 0; i < sizeof sites / sizeof *sites; i++)
-        if (sites[i].stopped)
+        if (sites[i].stopped || !processes)
             run(sites[i].stage, net, 2, 1, body_site, &sites[i], 0);
     run("a stopped rank is masked", net, 2, 1, body_masked_site, NULL, 0);
     run("words without room", net, 2, 1, body_words, NULL, 0);
-    for (int which = SEND; which < HALVES; which++) {
+    for (int which = SEND; processes && which < HALVES; which++) {
         death_t death = {.victim = which, .half = which};
         snprintf(name, sizeof name, "killed before %s", half_name[which]);
         run(name, net, 4, 2, body_death, &death, 1ull << death.victim);
     }
+    if (!processes)
+        run("mismatch", net, 2, 1, body_mismatch, NULL, 0);
 }
 
 int main(int argc, char **argv)
 {
-    static const char *const local[] = {"loop", "sim:3"};
     part = argc > 1 ? argv[1] : "";
-    for (size_t n = 0; n < 2; n++) {
-        for (size_t i = 0; i < sizeof sites / sizeof *sites; i++)
-            if (!sites[i].stopped)
-                run(sites[i].stage, local[n], 2, 1, body_site, &sites[i], 0);
-        run("mismatch", local[n], 2, 1, body_mismatch, NULL, 0);
-    }
+    run_all("loop");
+    run_all("sim:3");
     if (here("ofi:tcp"))
-        run_processes("ofi:tcp");
+        run_all("ofi:tcp");
     if (here("ofi:shm"))
-        run_processes("ofi:shm");
+        run_all("ofi:shm");
     return xt_done();
 }

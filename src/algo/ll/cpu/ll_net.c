@@ -127,7 +127,7 @@ void epx__ll_net_tell(epx__ll_cpu_t *ll, int rank, uint64_t number, int word)
 void epx__ll_net_retry(epx__ll_cpu_t *ll)
 {
     for (int r = 0; ll->net && r < (int)ll->layout.ranks; r++)
-        if (ll->pending[r])
+        if (ll->pending[r] && !EPX__MUTATE(ll_net_no_retry))
             push_all(ll, r);
 }
 
@@ -157,7 +157,7 @@ epx_status_t epx__ll_net_settle(epx__ll_cpu_t *ll, const epx__ll_wait_t *half)
                            .timeout_ms = half->timeout_ms,
                            .ready = room_for_words,
                            .serve = tell_pending};
-    return any ? epx__ll_serve_all(ll, &wait) : EPX_OK;
+    return any && !EPX__MUTATE(ll_net_no_settle) ? epx__ll_serve_all(ll, &wait) : EPX_OK;
 }
 
 /* ---- data ---- */
