@@ -69,6 +69,16 @@ static bool trip_open(xt_rank_t *self, trip_t *t, uint32_t slots, bool mask_on_t
     return XT_OK(self, epx_buffer_create(self->group, &c, &t->buffer));
 }
 
+static void hold_proxies(const trip_t *t, bool hold)
+{
+    const epx__channels_t *channels = ((const epx__ll_net_t *)t->buffer->x.ll_net)->channels;
+    for (uint32_t p = 0; p < channels->proxies; p++)
+        if (hold)
+            pthread_mutex_lock(&channels->proxy[p].lock);
+        else
+            pthread_mutex_unlock(&channels->proxy[p].lock);
+}
+
 static bool is_process(void)
 {
     return strncmp(getenv("EPX_NET"), "ofi", 3) == 0;
@@ -150,19 +160,16 @@ static const site_t sites[] = {
 /* A process is stopped; of a thread, its proxies are held. Either way nothing that comes is applied. */
 static void stop_until_told(xt_rank_t *self, const trip_t *t)
 {
-    const epx__ll_net_t *net = t->buffer->x.ll_net;
     if (is_process()) {
         atomic_store(&self->world->note[1], getpid());
         xt_mark(self, 0);
         raise(SIGSTOP);
         return;
     }
-    for (uint32_t p = 0; p < net->channels->proxies; p++)
-        pthread_mutex_lock(&net->channels->proxy[p].lock);
+    hold_proxies(t, true);
     xt_mark(self, 0);
     xt_wait_mark(self, 5, 1);
-    for (uint32_t p = 0; p < net->channels->proxies; p++)
-        pthread_mutex_unlock(&net->channels->proxy[p].lock);
+    hold_proxies(t, false);
 }
 
 static void wake(xt_rank_t *self)
@@ -313,6 +320,40 @@ static void body_words(xt_rank_t *self)
     epx_buffer_destroy(t.buffer);
 }
 
+/* ---- leaving ---- */
+
+/* Rank 1 needs nothing of rank 0: it leaves with its own outputs. Rank 0 has yet to send it some, and its channel is
+ * full of what rank 1 will not take any more: that is no reason to wait. Its own outputs are there. */
+static void body_gone(xt_rank_t *self)
+{
+    trip_t t;
+    if (!trip_open(self, &t, 40, false))
+        return;
+    for (int i = 0; self->rank == 1 && i < TOKENS * 2; i++)
+        t.ids[i] = 1;
+    if (self->rank == 1) {
+        halves(&t, SEND, COMBINE_RECV, 1);
+        usleep(100000); /* until rank 0's proxy has told credit for all */
+        xt_mark(self, 0);
+        xt_wait_mark(self, 1, 1);
+        epx_buffer_destroy(t.buffer);
+        xt_mark(self, 2);
+        return;
+    }
+    bool good = halves(&t, SEND, RECV, 1);
+    xt_wait_mark(self, 0, 1);
+    hold_proxies(&t, true);
+    xt_mark(self, 1);
+    xt_wait_mark(self, 2, 1);
+    for (uint32_t n = 2; good && n <= 31; n++)
+        good = XT_OK(self, half(&t, SEND, n));
+    hold_proxies(&t, false);
+    t.timeout_ms = DEADLINE_MS * 4;
+    if (good && halves(&t, COMBINE_SEND, COMBINE_RECV, 1))
+        check_out(&t, 3, "after rank 1 has left");
+    epx_buffer_destroy(t.buffer);
+}
+
 /* ---- death ---- */
 
 /* Rank `victim` of four in two domains is killed before a half of call 3; nobody masks. */
@@ -409,6 +450,8 @@ static void run_all(const char *net)
         snprintf(name, sizeof name, "killed before %s", half_name[which]);
         run(name, net, 4, 2, body_death, &death, 1ull << death.victim);
     }
+    if (!processes)
+        run("has left", net, 2, 1, body_gone, NULL, 0);
     if (!processes)
         run("mismatch", net, 2, 1, body_mismatch, NULL, 0);
 }
