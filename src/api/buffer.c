@@ -219,6 +219,7 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     EPX__TRY(make_pools(buffer));
     uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? EPX__CUDA_CHUNK_WORDS : 0;
     EPX__TRY(epx__window_layout_make((uint32_t)group->ranks, &x->config, chunk_words, &x->layout));
+    EPX__TRY(epx__ll_check_memory(buffer));
     EPX__TRY(epx__window_create(group->device, group->fdserver, x->layout.total_bytes, &x->window, exported));
     *window_open = true;
     return EPX_OK;

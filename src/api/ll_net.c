@@ -23,7 +23,7 @@ static epx_status_t memory_init(epx_buffer_t *buffer, epx__ll_net_t *net)
         net->wanted[r] = topology->domain_of[r] != topology->domain_of[group->rank];
         net->place[r] = net->wanted[r] ? (int32_t)net->far++ : -1;
     }
-    net->piece_bytes = epx__ll_net_piece(layout);
+    net->piece_bytes = epx__ll_piece_bytes(layout);
     net->help = sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
     net->out = epx__calloc((size_t)layout->slots * net->far, net->piece_bytes);
     if (!net->out)

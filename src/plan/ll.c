@@ -39,17 +39,25 @@ static bool make(size_t at, epx__ll_layout_t *l)
     return fits;
 }
 
-uint32_t epx__ll_tokens_fit(uint32_t ranks, uint32_t hidden_max, uint32_t topk_max, uint32_t slots, size_t bytes)
+size_t epx__ll_bytes(const epx__ll_layout_t *l, uint32_t far)
+{
+    size_t out, all;
+    if (__builtin_mul_overflow((size_t)l->slots * far, epx__ll_piece_bytes(l), &out) ||
+        __builtin_add_overflow(l->total_bytes, out, &all))
+        return SIZE_MAX;
+    return all;
+}
+
+uint32_t epx__ll_tokens_fit(const epx__ll_layout_t *shape, uint32_t far, size_t bytes)
 {
     uint32_t low = 0, high = EPX__LL_TOKENS_MOST;
     while (low < high) {
-        uint32_t middle = low + (high - low + 1) / 2;
-        epx__ll_layout_t l = {
-            .ranks = ranks, .tokens_max = middle, .hidden_max = hidden_max, .topk_max = topk_max, .slots = slots};
-        if (make(0, &l) && l.total_bytes <= bytes)
-            low = middle;
+        epx__ll_layout_t l = *shape;
+        l.tokens_max = low + (high - low + 1) / 2;
+        if (make(0, &l) && epx__ll_bytes(&l, far) <= bytes)
+            low = l.tokens_max;
         else
-            high = middle - 1;
+            high = l.tokens_max - 1;
     }
     return low;
 }
@@ -64,7 +72,7 @@ epx_status_t epx__ll_layout_make(uint32_t ranks, uint32_t tokens_max, uint32_t h
             EPX_E_INVALID,
             "low latency for %u tokens of hidden %u on %u ranks does not fit 64 bits; the most tokens that "
             "would are %u",
-            tokens_max, hidden_max, ranks, epx__ll_tokens_fit(ranks, hidden_max, topk_max, slots, SIZE_MAX / 4));
+            tokens_max, hidden_max, ranks, epx__ll_tokens_fit(&l, 0, SIZE_MAX / 4));
     *layout = l;
     return EPX_OK;
 }

@@ -65,8 +65,18 @@ typedef struct epx__ll_layout {
 epx_status_t epx__ll_layout_make(uint32_t ranks, uint32_t tokens_max, uint32_t hidden_max, uint32_t topk_max,
                                  uint32_t slots, size_t at, epx__ll_layout_t *layout);
 
-/* The largest tokens_max whose part takes at most `bytes`; 0: not even one token. */
-uint32_t epx__ll_tokens_fit(uint32_t ranks, uint32_t hidden_max, uint32_t topk_max, uint32_t slots, size_t bytes);
+/* With `far` ranks in other domains: one piece of memory for what is on its way to one of them (algo/ll/net.h): a
+ * source's place, and at least all choices of one token. */
+EPX__INLINE size_t epx__ll_piece_bytes(const epx__ll_layout_t *l)
+{
+    size_t token = l->topk_max * l->row_bytes;
+    return l->source_bytes > token ? l->source_bytes : token;
+}
+
+/* The largest tokens_max that takes at most `bytes` of a rank, of its window and for `far` ranks; 0: not even one. */
+uint32_t epx__ll_tokens_fit(const epx__ll_layout_t *shape, uint32_t far, size_t bytes);
+/* All that low latency takes of a rank; SIZE_MAX: more than 64 bits say. */
+size_t epx__ll_bytes(const epx__ll_layout_t *l, uint32_t far);
 
 EPX__INLINE size_t epx__ll_block_at(const epx__ll_layout_t *l, uint64_t slot, uint32_t source)
 {

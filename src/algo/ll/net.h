@@ -29,13 +29,6 @@ typedef struct epx__ll_net {
     bool help;       /* fewer cores than ranks and proxies: who waits steps the proxies itself */
 } epx__ll_net_t;
 
-/* Of one piece of `out`: a record, and at least all choices of one token. */
-static inline size_t epx__ll_net_piece(const epx__ll_layout_t *l)
-{
-    size_t token = l->topk_max * l->row_bytes;
-    return l->source_bytes > token ? l->source_bytes : token;
-}
-
 static inline size_t epx__ll_net_out_at(const epx__ll_net_t *net, uint64_t slot, int rank)
 {
     return (size_t)(slot * net->far + (uint32_t)net->place[rank]) * net->piece_bytes;
