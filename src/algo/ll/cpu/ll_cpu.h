@@ -58,6 +58,7 @@ typedef struct epx__ll_cpu {
     epx__ll_line_t *lines; /* [slots][far ranks] */
     uint8_t *pending;      /* [ranks] 1: some word of it is wanted and not told */
     uint64_t *died_ns;     /* [ranks] when its death was noticed; 0 it lives */
+    uint64_t *left_ns;     /* [ranks] when a wait first saw that it is gone; 0 it is not */
 } epx__ll_cpu_t;
 
 static inline bool epx__ll_is_far(const epx__ll_cpu_t *ll, int rank)
@@ -122,8 +123,10 @@ epx_status_t epx__ll_net_put(epx__ll_cpu_t *ll, int rank, uint64_t number, size_
 /* At the end of a half: no word to a rank that is not masked stays untold. At its beginning: try the masked. */
 epx_status_t epx__ll_net_settle(epx__ll_cpu_t *ll, const epx__ll_wait_t *half);
 void epx__ll_net_retry(epx__ll_cpu_t *ll);
-/* Why that rank can be waited for no more: it has left, or cannot be reached. */
+/* That rank takes nothing more: it has left, or cannot be reached. */
 bool epx__ll_net_gone(const epx__ll_cpu_t *ll, int rank);
+/* The same, and if it failed, its reason would be here by now. */
+bool epx__ll_net_left(epx__ll_cpu_t *ll, int rank);
 /* A rank has died (any thread). What it had put on the way may still land for a while. */
 void epx__ll_net_died(epx__ll_cpu_t *ll, int rank);
 /* How long until nothing of it lands any more, 0: now. */

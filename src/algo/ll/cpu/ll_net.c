@@ -26,6 +26,9 @@
  * as near as the network is fast; this is many round trips. */
 #define REST_NS 250000000u
 
+/* A rank that fails tells why and leaves, over two networks: leaving may be heard first. The reason gets that long. */
+#define REASON_NS 250000000u
+
 _Static_assert(offsetof(epx__ll_words_t, dispatched) == 8 * EPX__LL_DISPATCHED &&
                    offsetof(epx__ll_words_t, combined) == 8 * EPX__LL_COMBINED &&
                    offsetof(epx__ll_words_t, taken) == 8 * EPX__LL_TAKEN &&
@@ -38,7 +41,8 @@ epx_status_t epx__ll_net_open(epx__ll_cpu_t *ll)
     ll->lines = epx__calloc((size_t)ll->layout.slots * ll->net->far, sizeof *ll->lines);
     ll->pending = epx__calloc(ranks, 1);
     ll->died_ns = epx__calloc(ranks, sizeof *ll->died_ns);
-    if (!ll->lines || !ll->pending || !ll->died_ns)
+    ll->left_ns = epx__calloc(ranks, sizeof *ll->left_ns);
+    if (!ll->lines || !ll->pending || !ll->died_ns || !ll->left_ns)
         return epx__fail(EPX_E_NOMEM, "no memory for low latency with %u ranks of other domains", ll->net->far);
     return EPX_OK;
 }
@@ -48,6 +52,7 @@ void epx__ll_net_close(epx__ll_cpu_t *ll)
     epx__free(ll->lines);
     epx__free(ll->pending);
     epx__free(ll->died_ns);
+    epx__free(ll->left_ns);
 }
 
 static epx__ll_line_t *line_of(const epx__ll_cpu_t *ll, int rank, uint64_t slot)
@@ -71,6 +76,16 @@ static void count(epx__ll_cpu_t *ll, uint64_t bytes, uint64_t puts)
 bool epx__ll_net_gone(const epx__ll_cpu_t *ll, int rank)
 {
     return epx_ld_acquire_sys_u64(epx__ll_net_channel(ll->net, rank)->fault) != 0;
+}
+
+bool epx__ll_net_left(epx__ll_cpu_t *ll, int rank)
+{
+    if (!epx__ll_net_gone(ll, rank))
+        return false;
+    uint64_t now = epx__now_ns();
+    if (ll->left_ns[rank] == 0)
+        ll->left_ns[rank] = now;
+    return now - ll->left_ns[rank] >= REASON_NS;
 }
 
 /* ---- words ---- */

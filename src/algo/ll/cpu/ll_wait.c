@@ -62,7 +62,7 @@ static epx_status_t check_late(epx__ll_cpu_t *ll, const epx__ll_wait_t *wait, ui
         if (ll->done[r])
             continue;
         bool far = epx__ll_is_far(ll, r), dead = epx__bootstrap_dead(exchange->bootstrap, r);
-        bool closed = far ? epx__ll_net_gone(ll, r) : epx__alarm_closed(exchange, r);
+        bool closed = far ? epx__ll_net_left(ll, r) : epx__alarm_closed(exchange, r);
         const char *stage = far && wait->stage_of ? wait->stage_of(ll, r, wait->context) : wait->stage;
         /* Looked at after those: it may have done its part first. */
         if (wait->ready(ll, r, wait->context) || !(late || closed || dead))
