@@ -11,6 +11,7 @@
 
 #include "algo/ll/net.h"
 #include "api/objects.h"
+#include "base/alloc.h"
 #include "base/clock.h"
 #include "base/fail.h"
 #include "net/net.h"
@@ -26,6 +27,8 @@ enum { SEND, RECV, COMBINE_SEND, COMBINE_RECV, HALVES };
 static const char *const half_name[] = {"ll_dispatch_send", "ll_dispatch_recv", "ll_combine_send", "ll_combine_recv"};
 
 /* One expert a rank, every token chooses all. Rank r's expert gives 1 + r. */
+static const char *part = "";
+
 typedef struct trip {
     xt_rank_t *self;
     epx_buffer_t *buffer;
@@ -390,6 +393,70 @@ static void body_death(xt_rank_t *self)
     XT_CHECK(self, epx__now_ns() - start < 6000000000ull, "destroy took too long");
 }
 
+/* ---- memory runs out ---- */
+
+static bool left_over;
+static atomic_ulong made; /* allocations of a buffer's creation, both ranks together, when none failed */
+
+/* The n-th allocation from here on fails, of whichever rank: both ranks get words, and nothing is left over. */
+static void body_oom(xt_rank_t *self)
+{
+    const uint64_t *at = self->context;
+    epx_buffer_t *buffer = NULL;
+    epx_buffer_config_t c = {.size = sizeof c, .lease_bytes = 1u << 16, .reserve_bytes = 1u << 16, .tokens_max = 4};
+    c.topk_max = c.experts_max = 4;
+    c.handles_max = c.leases_max = 2;
+    c.timeout_ms = 2000;
+    c.ll_tokens_max = TOKENS;
+    c.ll_hidden_max = HIDDEN;
+    c.ll_zero_copy = 1;
+    xt_mark(self, 0);
+    xt_wait_mark(self, 0, 2);
+    uint64_t before = epx__alloc_count();
+    xt_mark(self, 1);
+    xt_wait_mark(self, 1, 2);
+    if (self->rank == 0)
+        epx__alloc_fail_at(*at, 0);
+    xt_mark(self, 2);
+    xt_wait_mark(self, 2, 2);
+    epx_status_t status = epx_buffer_create(self->group, &c, &buffer);
+    XT_CHECK(self, status == EPX_OK ? buffer != NULL : !buffer && epx_error_detail()[0], "%s", epx_status_name(status));
+    xt_mark(self, 3);
+    xt_wait_mark(self, 3, 2);
+    if (self->rank == 0) {
+        if (epx__alloc_count() - before < *at)
+            atomic_store(&made, epx__alloc_count() - before);
+        epx__alloc_fail_at(0, 0);
+    }
+    xt_mark(self, 4);
+    xt_wait_mark(self, 4, 2);
+    epx_buffer_destroy(buffer);
+}
+
+static void run_oom(void)
+{
+    long failed = 0;
+    uint64_t at = 1, step = getenv("EPX_TEST_SANITIZER") ? 11 : 3, runs = 0; /* every one takes minutes */
+    if (!strstr("memory runs out", part))
+        return;
+    setenv("EPX_NET", "loop", 1);
+    for (; atomic_load(&made) == 0 && failed < 5 && at < 2000; at += step) {
+        char name[64];
+        snprintf(name, sizeof name, "memory runs out at %llu", (unsigned long long)at);
+        xt_run_t r = {.name = name, .ranks = 2, .ranks_per_domain = 1, .quiet = true, .threads = 1, .body = body_oom};
+        r.context = &at;
+        r.timeout_ms = 1500; /* a rank whose bootstrap fails leaves, and the other waits for it */
+        int64_t live = epx__alloc_live();
+        runs++;
+        failed += xt_run(&r);
+        if (epx__alloc_live() != live) /* groups and all */
+            printf("allocation %llu: %lld blocks are left\n", (unsigned long long)at,
+                   (long long)(epx__alloc_live() - live));
+        left_over = left_over || epx__alloc_live() != live;
+    }
+    printf("%llu allocations failed, one by one\n", (unsigned long long)runs - 1);
+}
+
 /* ---- shapes ---- */
 
 static void body_mismatch(xt_rank_t *self)
@@ -411,8 +478,6 @@ static void body_mismatch(xt_rank_t *self)
 }
 
 /* ---- main ---- */
-
-static const char *part = "";
 
 static bool here(const char *spec)
 {
@@ -466,11 +531,12 @@ static void run_all(const char *net)
 int main(int argc, char **argv)
 {
     part = argc > 1 ? argv[1] : "";
+    run_oom();
     run_all("loop");
     run_all("sim:3");
     if (here("ofi:tcp"))
         run_all("ofi:tcp");
     if (here("ofi:shm"))
         run_all("ofi:shm");
-    return xt_done();
+    return xt_done() || left_over;
 }
