@@ -98,37 +98,42 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     return EPX_OK;
 }
 
-static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__channels_config *config,
+                                         struct epx_channels **channels)
 {
     epx_group_t *group = buffer->group;
+    epx__gathering_t gathering = {.group = group};
+    uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
+    config->rank = group->rank;
+    config->ranks = group->ranks;
+    config->net = group->net;
+    config->address = address_of(group);
+    config->nic = epx__env_text(EPX__ENV_NIC);
+    config->timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms;
+    config->allgather = epx__group_gather;
+    config->allgather_context = &gathering;
+    config->changed = on_change;
+    config->changed_context = buffer;
+    epx_status_t status = epx__channels_create(config, channels);
+    epx__group_gather_no_more(&gathering, status);
+    return status;
+}
+
+static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
+{
+    const epx__topology_t *topology = &buffer->group->topology;
     /* By number: EPX__RAILS_MEMORY_RAILS, EPX__RAILS_MEMORY_WINDOW. */
     epx_channel_memory_t memories[] = {{rails->window.base, rails->layout.total, 0},
                                        {buffer->x.window.base, buffer->x.layout.total_bytes, 0}};
-    epx__gathering_t gathering = {.group = group};
-    for (int d = 0; d < group->topology.domains; d++)
-        own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
-    uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
-    epx__channels_config_t config = {
-        .rank = group->rank,
-        .ranks = group->ranks,
-        .wanted = own->wanted,
-        .net = group->net,
-        .address = address_of(group),
-        .nic = epx__env_text(EPX__ENV_NIC),
-        .channels = EPX__RAIL_CHANNELS,
-        .proxies = 1,
-        .memories = memories,
-        .memory_count = 2,
-        .any_sources = true,
-        .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
-        .allgather = epx__group_gather,
-        .allgather_context = &gathering,
-        .changed = on_change,
-        .changed_context = buffer,
-    };
-    epx_status_t status = epx__channels_create(&config, &rails->channels);
-    epx__group_gather_no_more(&gathering, status);
-    return status;
+    for (int d = 0; d < topology->domains; d++)
+        own->wanted[epx__topology_rank(topology, d, rails->index)] = d != rails->domain;
+    epx__channels_config_t config = {.wanted = own->wanted,
+                                     .channels = EPX__RAIL_CHANNELS,
+                                     .proxies = 1,
+                                     .memories = memories,
+                                     .memory_count = 2,
+                                     .any_sources = true};
+    return epx__buffer_channels_create(buffer, &config, &rails->channels);
 }
 
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
@@ -168,6 +173,13 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
     /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. */
     status = epx_channels_barrier(rails->channels);
     return epx__group_agree(group, status, "trying the rails");
+}
+
+void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank)
+{
+    epx__rails_t *rails = buffer->x.net;
+    if (rails)
+        epx__channels_lost(rails->channels, rank);
 }
 
 void epx__buffer_rails_close(epx_buffer_t *buffer)
