@@ -357,7 +357,7 @@ static void leave(epx__proxy_t *proxy, epx__deadline_t *deadline)
     }
     proxy->net->unclean = stage < 3;
     for (uint32_t i = 0; i < proxy->lane_count; i++)
-        proxy->net->unclean |= proxy->lanes[i].dead;
+        proxy->net->unclean |= proxy->lanes[i].dead && !proxy->lanes[i].in_order;
 }
 
 void epx__channels_destroy(epx__channels_t *self)

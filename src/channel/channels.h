@@ -95,7 +95,8 @@ typedef struct epx__lane {
     uint64_t next;    /* in: next to apply */
     uint32_t owed;    /* in: applied and not yet told */
     bool listed;      /* in the proxy's list of lanes that owe */
-    bool dead;        /* the peer is lost: its requests are dropped */
+    bool dead;        /* the peer is lost, or has left, or has been told that we leave: requests are dropped */
+    bool in_order;    /* dead, but by a bye of either side */
     uint8_t *arrived; /* in: [2 * window] kind + 1, 0 nothing */
 } epx__lane_t;
 

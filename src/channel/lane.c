@@ -214,7 +214,7 @@ bool epx__lane_bye(epx__proxy_t *proxy)
         epx_status_t status = tell(proxy, lane, 0);
         if (status == EPX_E_BUSY)
             return false;
-        lane->dead = true;
+        lane->dead = lane->in_order = true;
     }
     return true;
 }

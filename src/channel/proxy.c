@@ -63,8 +63,10 @@ void epx__channels_left(epx__proxy_t *proxy, uint32_t rank)
     epx__channels_t *self = proxy->owner;
     uint64_t none = 0;
     for (uint32_t i = 0; i < proxy->lane_count; i++)
-        if (proxy->lanes[i].arrived && proxy->lanes[i].rank == rank)
+        if (proxy->lanes[i].arrived && proxy->lanes[i].rank == rank) {
+            proxy->lanes[i].in_order |= !proxy->lanes[i].dead;
             proxy->lanes[i].dead = true;
+        }
     pthread_mutex_lock(&self->words_lock);
     if (self->fault_status == 0)
         snprintf(self->words, sizeof self->words, "port channels: rank %u has left", rank);

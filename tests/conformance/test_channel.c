@@ -7,6 +7,7 @@
  */
 #include "common/address.h"
 #include "common/channels.h"
+#include "common/descriptors.h"
 
 #include <stdio.h>
 #include <sys/resource.h>
@@ -206,6 +207,11 @@ static void test_idle_credit(void)
 {
     epx__channels_config_t config = plain(3, 8, 16);
     net_world_run(2, &config, 4096, idle_body, NULL);
+    int before = count_descriptors(); /* what a network opens once for all stays */
+    for (int turn = 0; turn < 3; turn++)
+        net_world_run(2, &config, 4096, idle_body, NULL);
+    CHECK(count_descriptors() == before, "%s: %d descriptors, then %d: endpoints that ended in order are not closed",
+          spec, before, count_descriptors());
 }
 
 /* ---- idle proxies sleep, and wake ---- */
