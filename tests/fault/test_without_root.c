@@ -60,7 +60,6 @@ static void body(xt_rank_t *self)
     b.ll_tokens_max = TOKENS;
     b.ll_hidden_max = HIDDEN;
     b.ll_mask_on_timeout = 1;
-    b.ll_slots = 64; /* one in which a rank was given up is not used again while that rank's process lives */
     b.timeout_ms = DEADLINE_MS;
     if (!r)
         exit(3);

@@ -15,6 +15,8 @@
 #include "algo/ll/cpu/ll_cpu.h"
 #include "base/fail.h"
 #include "base/mutate.h"
+#include "device/cpu/bf16.h"
+#include "device/cpu/copy.h"
 #include "plan/format.h"
 
 /* ---- send ---- */
@@ -77,12 +79,9 @@ static bool push_reduced(void *context, const epx__ll_visit_t *v)
     for (uint32_t c = 0; c < v->choices; c++) {
         const uint16_t *y = (const uint16_t *)(const void *)row_of(job, v->expert[c]);
         float weight = v->weights[v->place[c]];
-        for (uint32_t h = 0; h < hidden; h++)
-            sum[h] += weight * epx__f32_of_bf16(y[h]);
+        epx__weigh_row_bf16(sum, y, weight, hidden);
     }
-    uint16_t *out = (uint16_t *)(void *)next_place(job);
-    for (uint32_t h = 0; h < hidden; h++)
-        out[h] = epx__bf16_of_f32(sum[h]);
+    epx__round_row(next_place(job), sum, hidden, EPX_BF16, false);
     return true;
 }
 
@@ -281,12 +280,6 @@ static const uint16_t *next_row(epx__ll_cpu_t *ll, const epx__ll_call_t *call, i
     return (const uint16_t *)(const void *)((const uint8_t *)ll->exchange->window.base + at);
 }
 
-static void add_row(float *sum, const uint16_t *row, float weight, bool weighted, uint32_t hidden)
-{
-    for (uint32_t h = 0; h < hidden; h++)
-        sum[h] += weighted ? weight * epx__f32_of_bf16(row[h]) : epx__f32_of_bf16(row[h]);
-}
-
 static void add_token(epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t token)
 {
     const epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
@@ -306,18 +299,16 @@ static void add_token(epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t to
         float weight = c->topk_weights ? c->topk_weights[(size_t)token * topk + k] : 1.0f;
         left += weight;
         if (row)
-            add_row(ll->sum, row, weight, true, hidden);
+            epx__weigh_row_bf16(ll->sum, row, weight, hidden);
     }
     int32_t ranks[EPX_TOPK_MAX];
     int count = by_rank(call) ? epx__token_ranks(&call->map, c->topk_idx, bits, token, topk, ranks, &bad) : 0;
     for (int i = 0; i < count; i++) {
-        const uint16_t *row = next_row(ll, call, ranks[i]);
+        const void *row = next_row(ll, call, ranks[i]);
         if (kept->came[ranks[i]])
-            add_row(ll->sum, row, 1.0f, false, hidden);
+            epx__sum_rows_f32(ll->sum, false, &row, 1, hidden, EPX_BF16);
     }
-    uint16_t *out = (uint16_t *)c->out + (size_t)token * hidden;
-    for (uint32_t h = 0; h < hidden; h++)
-        out[h] = epx__bf16_of_f32(ll->sum[h]);
+    epx__round_row((uint16_t *)c->out + (size_t)token * hidden, ll->sum, hidden, EPX_BF16, false);
     if (c->weight_left)
         c->weight_left[token] = left;
 }

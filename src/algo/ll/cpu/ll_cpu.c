@@ -72,7 +72,8 @@ static void destroy(epx__exchange_t *exchange)
     epx__free(ll->masked);
     epx__free(ll->done);
     epx__free(ll->row_of);
-    epx__free(ll->row);
+    epx__free(ll->rows);
+    epx__free(ll->quantised);
     epx__free(ll->sum);
     epx__free(ll);
     exchange->ll = NULL;
@@ -87,9 +88,12 @@ static epx_status_t scratch_init(epx__ll_cpu_t *ll)
     ll->source_row = epx__calloc(ranks, ((size_t)ll->experts + 1) * sizeof *ll->source_row);
     ll->next = epx__calloc(ranks, sizeof *ll->next);
     ll->gone = epx__calloc(ranks, sizeof *ll->gone);
-    ll->row = epx__calloc(ll->layout.row_bytes, 1);
+    ll->quantised_bytes = ll->layout.hidden_max + ll->layout.hidden_max / 128 * sizeof(float);
+    ll->rows = epx__calloc(ll->layout.tokens_max, ll->quantised_bytes);
+    ll->quantised = epx__calloc(ll->layout.tokens_max, sizeof *ll->quantised);
     ll->sum = epx__calloc(ll->layout.hidden_max, sizeof *ll->sum);
-    if (!ll->masked || !ll->done || !ll->row_of || !ll->source_row || !ll->next || !ll->gone || !ll->row || !ll->sum)
+    if (!ll->masked || !ll->done || !ll->row_of || !ll->source_row || !ll->next || !ll->gone || !ll->rows ||
+        !ll->quantised || !ll->sum)
         return epx__fail(EPX_E_NOMEM, "no memory for low latency among %zu ranks", ranks);
     return EPX_OK;
 }

@@ -51,7 +51,9 @@ typedef struct epx__ll_cpu {
     int32_t *source_row; /* [ranks][experts] scratch of combine_send: the same for each source; then [ranks] by rank */
     uint32_t *next;      /* [ranks] scratch: token to go on with; next row of each rank's outputs */
     uint32_t *gone;      /* [ranks] scratch of combine_send: rows sent */
-    uint8_t *row;        /* [row_bytes] scratch: a quantised token */
+    uint8_t *rows;       /* [tokens_max][quantised_bytes] the tokens of a call, quantised */
+    size_t quantised_bytes;
+    uint64_t *quantised; /* [tokens_max] of which call rows[token] is */
     float *sum;          /* [hidden_max] scratch */
     /* Between domains. */
     epx__ll_net_t *net;    /* NULL: one domain */

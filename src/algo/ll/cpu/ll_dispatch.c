@@ -13,6 +13,7 @@
 #include "algo/ll/cpu/ll_cpu.h"
 #include "base/fail.h"
 #include "base/mutate.h"
+#include "device/cpu/bf16.h"
 #include "plan/format.h"
 
 uint64_t epx__ll_shape(const epx__ll_call_t *call)
@@ -136,14 +137,18 @@ static void write_block(epx__ll_cpu_t *ll, const send_job_t *job, uint8_t *at, i
         memcpy(ids + count, d->topk_weights, count * sizeof(float));
 }
 
-static const void *row_to_send(epx__ll_cpu_t *ll, const epx_ll_dispatch_t *d, uint32_t token)
+/* Quantised once, however many ranks want it. */
+static const void *row_to_send(epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t token)
 {
-    const uint8_t *x = (const uint8_t *)d->x + (size_t)token * d->hidden * 2;
+    const epx_ll_dispatch_t *d = &call->dispatch;
+    const uint16_t *x = (const uint16_t *)d->x + (size_t)token * d->hidden;
+    uint8_t *row = ll->rows + token * ll->quantised_bytes;
     if (d->format != EPX_LL_FP8)
         return x;
-    epx__fp8_row(x, EPX_BF16, d->hidden, d->round_scale || d->ue8m0, ll->row, (float *)(void *)(ll->row + d->hidden),
-                 NULL);
-    return ll->row;
+    if (ll->quantised[token] != call->number)
+        epx__fp8_row_bf16(x, d->hidden, d->round_scale || d->ue8m0, row, (float *)(void *)(row + d->hidden));
+    ll->quantised[token] = call->number;
+    return row;
 }
 
 static epx_status_t send_near(epx__ll_cpu_t *ll, int rank, const send_job_t *job)
@@ -159,7 +164,7 @@ static epx_status_t send_near(epx__ll_cpu_t *ll, int rank, const send_job_t *job
     for (uint32_t t = 0; t < d->tokens; t++) {
         if (!wants(job->call, t, rank))
             continue;
-        memcpy(window + epx__ll_row_at(&ll->layout, job->slot, me, t), row_to_send(ll, d, t), wire_bytes(d));
+        memcpy(window + epx__ll_row_at(&ll->layout, job->slot, me, t), row_to_send(ll, job->call, t), wire_bytes(d));
         rows++;
     }
     *(rank == exchange->rank ? &exchange->traffic.local_bytes : &exchange->traffic.domain_bytes) +=
@@ -178,7 +183,7 @@ static epx_status_t send_far(epx__ll_cpu_t *ll, int rank, const send_job_t *job)
     for (uint32_t t = 0; t < d->tokens; t++) {
         if (!wants(job->call, t, rank))
             continue;
-        memcpy(record + bytes, row_to_send(ll, d, t), wire_bytes(d));
+        memcpy(record + bytes, row_to_send(ll, job->call, t), wire_bytes(d));
         bytes += record_stride(d);
     }
     size_t to = epx__ll_block_at(&ll->layout, job->slot, (uint32_t)ll->exchange->rank);
@@ -194,15 +199,16 @@ static epx_status_t send_to(epx__ll_cpu_t *ll, int rank, void *context)
     return EPX_OK;
 }
 
-/* A rank given up in the slot's last call may still write there, until it says that it is done with it, or is dead; and
- * a little longer when its bytes come over the network. */
+/* A rank given up in the slot's last call may still write there, until it says that it is done with it, has destroyed
+ * its buffer, or is dead; and a little longer when its bytes come over the network. */
 static epx_status_t slot_settled(epx__ll_cpu_t *ll, const epx__ll_kept_t *kept, uint64_t slot)
 {
     bool came;
     for (int r = 0; r < ll->exchange->topology->ranks; r++) {
         if (!kept->owing[r] || epx__ll_ended(ll, r, kept->last, &came))
             continue;
-        if (!epx__bootstrap_dead(ll->exchange->bootstrap, r))
+        bool closed = epx__ll_is_far(ll, r) ? epx__ll_net_left(ll, r) : epx__alarm_closed(ll->exchange, r);
+        if (!closed && !epx__bootstrap_dead(ll->exchange->bootstrap, r))
             return epx__fail(EPX_E_BUSY,
                              "ll_dispatch_send: slot %" PRIu64
                              " may still be written by rank %d, which was given up in call %" PRIu64
