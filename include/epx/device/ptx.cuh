@@ -88,6 +88,16 @@ EPX__DEVICE epx__pair_t ld_relaxed_sys_pair(const void *p)
                  : "memory");
     return v;
 }
+/* 16 bytes of payload that travel as one: who sees any of them sees all. */
+EPX__DEVICE uint4 ld_relaxed_sys_16(const void *p)
+{
+    epx__pair_t v = ld_relaxed_sys_pair(p);
+    return make_uint4((uint32_t)v.first, (uint32_t)(v.first >> 32), (uint32_t)v.second, (uint32_t)(v.second >> 32));
+}
+EPX__DEVICE void st_relaxed_sys_16(void *p, uint4 v)
+{
+    st_relaxed_sys_pair(p, (uint64_t)v.y << 32 | v.x, (uint64_t)v.w << 32 | v.z);
+}
 EPX__DEVICE void fence_acq_rel_sys(void)
 {
     asm volatile("fence.acq_rel.sys;" ::: "memory");

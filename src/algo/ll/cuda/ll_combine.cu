@@ -12,8 +12,8 @@
 #include <cuda_runtime.h>
 #include <string.h>
 
+#include "algo/ll/cuda/ll_number.cuh"
 #include "algo/ll/cuda/ll_wait.cuh"
-#include "plan/format.h"
 
 #define COPIERS_MOST 28u
 #define TELLERS 4u
@@ -35,27 +35,6 @@ EPX__DEVICE uint32_t ld_acquire_cta_u32(const uint32_t *p)
     uint32_t v;
     asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
-}
-
-/* acc += w * v, 8 elements; products and sums rounded one by one. */
-EPX__DEVICE void add8(float *acc, uint4 v, float w, bool weighted)
-{
-    uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float low = __uint_as_float(u[i] << 16), high = __uint_as_float(u[i] & 0xffff0000u);
-        acc[2 * i] = __fadd_rn(acc[2 * i], weighted ? __fmul_rn(w, low) : low);
-        acc[2 * i + 1] = __fadd_rn(acc[2 * i + 1], weighted ? __fmul_rn(w, high) : high);
-    }
-}
-/* NaNs as epx__bf16_of_f32 makes them. */
-EPX__DEVICE uint32_t round2(float low, float high)
-{
-    return (uint32_t)epx__bf16_of_f32(low) | (uint32_t)epx__bf16_of_f32(high) << 16;
-}
-EPX__DEVICE uint4 round8(const float *acc)
-{
-    return make_uint4(round2(acc[0], acc[1]), round2(acc[2], acc[3]), round2(acc[4], acc[5]), round2(acc[6], acc[7]));
 }
 
 /* ---- push ---- */
