@@ -10,7 +10,9 @@
 
 #include "plan/ll.h"
 
+#ifndef LL_INBAND_WARPS     /* tests/emulate takes fewer */
 #define LL_INBAND_WARPS 28u /* of a block: two tokens of 7168 elements in pieces of 512, four in pieces of 1024 */
+#endif
 #define LL_INBAND_THREADS (LL_INBAND_WARPS * 32u)
 #define LL_INBAND_RANKS_MOST 128u
 #define LL_INBAND_EXPERTS_MOST 0xffffu
