@@ -261,8 +261,8 @@ static block_t *take_block(void)
         b = (block_t *)calloc(1, sizeof *b);
         size_t bytes = (size_t)THREADS_MOST * STACK_BYTES;
         if (b)
-            b->stacks = (char *)mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            b->stacks =
+                (char *)mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (!b || b->stacks == MAP_FAILED)
             abort();
     }

@@ -50,7 +50,18 @@ extern thread_local char memory[]; /* dynamic shared memory */
 
 /* ---- the emulator ---- */
 
-enum emu_op { EMU_NONE, EMU_SHFL, EMU_BALLOT, EMU_MATCH, EMU_ADD, EMU_OR, EMU_SYNCWARP, EMU_BAR, EMU_BAR_OR, EMU_BAR_AND };
+enum emu_op {
+    EMU_NONE,
+    EMU_SHFL,
+    EMU_BALLOT,
+    EMU_MATCH,
+    EMU_ADD,
+    EMU_OR,
+    EMU_SYNCWARP,
+    EMU_BAR,
+    EMU_BAR_OR,
+    EMU_BAR_AND
+};
 
 /* This thread's part in an operation of its warp or block. `lane`: of shfl, the source. */
 uint64_t emu_meet(emu_op op, uint64_t value, uint32_t lane);

@@ -111,9 +111,9 @@ static epx_status_t told(epx__exchange_t *x, epx_status_t status)
 {
     const ht_host_t *h = ((ll_cuda_t *)x->ll)->ht->host;
     if (status == EPX_OK && h->ready)
-        return epx__exchange_fault(x, (epx_status_t)h->status, "kernel %u, stage %u, rank %d, call %llu: %llx, not %llx",
-                                   h->kind, h->stage, h->peer, (unsigned long long)h->sequence,
-                                   (unsigned long long)h->seen, (unsigned long long)h->expected);
+        return epx__exchange_fault(
+            x, (epx_status_t)h->status, "kernel %u, stage %u, rank %d, call %llu: %llx, not %llx", h->kind, h->stage,
+            h->peer, (unsigned long long)h->sequence, (unsigned long long)h->seen, (unsigned long long)h->expected);
     return status;
 }
 

@@ -1,25 +1,8 @@
 /*
  * Low latency with in-band arrival, its kernels on the CPU (emulate.h), against the reference: the differential suite
- * of tests/differential/test_ll.c as it is. Ranks have different numbers of blocks, so that every way of dealing out
- * roles occurs.
+ * of tests/differential/test_ll.c as it is.
  */
-#include <stdlib.h>
-
-#include "common/ll_case.h"
-#include "emulate/host.h"
-
-static bool open_emulated(xl_world_t *w, xt_rank_t *self, const epx_buffer_config_t *config)
-{
-    static const int blocks[] = {9, 1, 12, 5, 8, 3, 10, 2};
-    emu_use(self->group, blocks[(self->rank + self->ranks) % 8]);
-    return xl_open(w, self, config);
-}
-
-__attribute__((constructor)) static void choose(void)
-{
-    setenv("EPX_LL_INBAND", "1", 1);
-    setenv("EPX_TEST_THREADS", "1", 1);
-}
+#include "emulate/world.h"
 
 #define xl_open open_emulated
 #include "differential/test_ll.c"

@@ -33,8 +33,8 @@ EPX__INLINE bool ll_all_ones(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
     return (x & y & z & w) == 0xffffffffu;
 }
 /*
- * The last quarter of a word about to be sent: one that would look empty loses a bit. It held eight bf16 NaNs (four fp32
- * NaNs, 16 e4m3 NaNs of negative sign); they stay NaNs.
+ * The last quarter of a word about to be sent: one that would look empty loses a bit. It held eight bf16 NaNs (four
+ * fp32 NaNs, 16 e4m3 NaNs of negative sign); they stay NaNs.
  */
 EPX__INLINE uint32_t ll_never_empty(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
 {

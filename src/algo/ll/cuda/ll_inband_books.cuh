@@ -13,8 +13,7 @@
 EPX__DEVICE uint32_t rows_before(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t part, uint32_t u, uint32_t all)
 {
     return u < all ? place_known(p, x, part, u)
-                   : place_known(p, x, part, all - 1) +
-                         (x.bits[part * p.words + (all - 1) / 32] >> (all - 1) % 32 & 1);
+                   : place_known(p, x, part, all - 1) + (x.bits[part * p.words + (all - 1) / 32] >> (all - 1) % 32 & 1);
 }
 
 /* Rank-major: a token counts once for each of its experts here, however often it names it. */
@@ -161,8 +160,7 @@ static __device__ __noinline__ void keep_lists(const ll_dispatch_t &p)
                                          (int32_t)home.source, (int32_t)home.token, (int32_t)k};
         }
         if (bits)
-            l.r.rank_list[at.y] =
-                ll_back_t{(int32_t)u, (int32_t)home.source, (int32_t)home.token, ranks_below(l, ids)};
+            l.r.rank_list[at.y] = ll_back_t{(int32_t)u, (int32_t)home.source, (int32_t)home.token, ranks_below(l, ids)};
         listed.x += total.x;
         listed.y += total.y;
     }

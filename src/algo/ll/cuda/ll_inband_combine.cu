@@ -14,7 +14,7 @@
 #include "algo/ll/cuda/ll_inband.cuh"
 #include "algo/ll/cuda/ll_number.cuh"
 
-#define BATCH 4u      /* rows of a sum that a lane loads at once, before it goes home */
+#define BATCH 4u /* rows of a sum that a lane loads at once, before it goes home */
 /* Warps of a block, [by_rank], and of those the ones that push, in a kernel that adds as well. A token's eight choices
  * at once need 80 registers a lane; sums over a few ranks fewer, but they wait for more loads. */
 #define WARPS(by_rank) ((by_rank) ? LL_INBAND_WARPS : LL_INBAND_WARPS * 6 / 7)
@@ -119,12 +119,13 @@ static __device__ void push(const ll_combine_t &p, const ll_entry_t &e, uint32_t
 
 /* A token's rows, lane i the i-th in the order of adding. */
 typedef struct ll_rows {
-    char *home;             /* this token's places, row_bytes apart: the i-th row comes to the i-th */
-    uint32_t there, remote; /* rows to be added; those of them whose words come to their places. The same in all lanes */
-    int32_t local;          /* else the row of `x` where it lies, complete */
-    int rank;               /* whose */
-    uint32_t choice;        /* of this lane's choice: the lane that has its row */
-    float weight;           /* of this lane's choice */
+    char *home; /* this token's places, row_bytes apart: the i-th row comes to the i-th */
+    uint32_t there,
+        remote;      /* rows to be added; those of them whose words come to their places. The same in all lanes */
+    int32_t local;   /* else the row of `x` where it lies, complete */
+    int rank;        /* whose */
+    uint32_t choice; /* of this lane's choice: the lane that has its row */
+    float weight;    /* of this lane's choice */
 } ll_rows_t;
 
 /* By rank: lane i gets the i-th of the token's ranks, ascending. */
@@ -186,8 +187,8 @@ EPX__DEVICE void load_batch(const ll_combine_t &p, const ll_rows_t &s, uint32_t 
             continue;
         uint32_t k = (uint32_t)__ffs((int)order) - 1;
         int32_t local = __shfl_sync(ALL_LANES, s.local, k);
-        const char *row = s.remote >> k & 1 ? s.home + (size_t)k * l.c.layout.ll.row_bytes
-                                            : p.x + (size_t)local * l.hidden * 2;
+        const char *row =
+            s.remote >> k & 1 ? s.home + (size_t)k * l.c.layout.ll.row_bytes : p.x + (size_t)local * l.hidden * 2;
         if (inside)
             b->v[i] = ld_relaxed_sys_16(row + at);
     }

@@ -24,30 +24,31 @@ enum { LL_NOTHING_LEFT = 1, LL_SOME_LEFT = 2 }; /* or LL_STOP */
 /*
  * One thread a rank, in the block that sends the ids, which permit outputs into `back`. Some left: it may have written
  * outputs there that were not added: it was given up in the slot's last call, or the call was released after its send
- * half. It has said that no more come; or LL_STOP.
+ * half. It has said that no more come, else LL_STOP. It says so at the start of the kernel after its combine, so there
+ * may be a moment to wait; a deadline if it is stuck.
  */
 static __device__ __noinline__ int left_behind(const ll_common_t &l, uint64_t n, uint32_t slot, int r)
 {
     const epx__ll_words_t *w = ll_words(l, l.c.window, slot, r);
-    uint64_t *owed = &l.owed[slot * (uint32_t)l.c.ranks + (uint32_t)r], *unread = owed - l.owed + l.unread;
-    uint64_t given_up = *(volatile uint64_t *)owed, released = *(volatile uint64_t *)unread;
-    if (given_up) {
-        if (ld_acquire_sys_u64(&w->combined) < given_up && ld_acquire_sys_u64(&w->left_out) < given_up) {
-            ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, r, given_up, 0, 0};
-            ht_fail(l.c, n, f);
+    uint32_t at = slot * (uint32_t)l.c.ranks + (uint32_t)r, polls = 0;
+    uint64_t given_up = *(volatile uint64_t *)&l.owed[at], released = *(volatile uint64_t *)&l.unread[at], start = 0;
+    uint64_t call = given_up > released ? given_up : released;
+    while (ld_acquire_sys_u64(&w->combined) < call && ld_acquire_sys_u64(&w->left_out) < call) {
+        if (++polls % 64 != 0)
+            continue;
+        uint64_t now = globaltimer_ns();
+        start = start ? start : now;
+        if (ht_stopped(l.c, n, polls % 4096 == 0))
             return LL_STOP;
-        }
-        *(volatile uint64_t *)owed = 0;
+        if (now - start <= l.c.timeout_ns)
+            continue;
+        ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, r, call, ld_relaxed_sys_u64(&w->combined), now - start};
+        ht_fail(l.c, n, f);
+        return LL_STOP;
     }
-    if (released) {
-        int came = ld_acquire_sys_u64(&w->combined) >= released
-                       ? LL_CAME
-                       : ll_wait_slow<false>(l, released, &w->combined, released, r, HT_STAGE_CREDIT, &w->left_out, NULL);
-        if (came == LL_STOP)
-            return LL_STOP;
-        *(volatile uint64_t *)unread = 0;
-    }
-    return given_up || released ? LL_SOME_LEFT : LL_NOTHING_LEFT;
+    *(volatile uint64_t *)&l.owed[at] = 0;
+    *(volatile uint64_t *)&l.unread[at] = 0;
+    return call ? LL_SOME_LEFT : LL_NOTHING_LEFT;
 }
 
 /* The whole block: every place of the slot's outputs is empty. Seldom, and slow. */

@@ -41,8 +41,7 @@ static __device__ void send_ids(const ll_dispatch_t &p, const ll_entry_t &e, ll_
         }
         all_bad += k == 0 ? bad : 0; /* every word once */
         if (e.to[r] != LL_NOBODY)
-            st_relaxed_sys_pair(ll_ids(l, e.peer[r], e.slot, l.c.rank) + 2 * w, word.first,
-                                word.second | e.n << 32);
+            st_relaxed_sys_pair(ll_ids(l, e.peer[r], e.slot, l.c.rank) + 2 * w, word.first, word.second | e.n << 32);
     }
     for (uint32_t i = threadIdx.x; p.topk_weights && i < mine * ranks; i += LL_INBAND_THREADS) {
         uint32_t k = i / mine, at = i - k * mine, r = ((uint32_t)l.c.rank + 1 + k) % ranks;
@@ -133,9 +132,9 @@ static __device__ __noinline__ void send_rows_with_flags(const ll_dispatch_t &p,
             continue;
         ll_piece_t u = load_piece<fp8>(p, i * pieces, pieces);
         if ((u.first >> lane & 1) && e.to[u.rank] == LL_FLAGS)
-            st_release_sys_u64((uint64_t *)(e.peer[u.rank] + epx__ll_row_flag_at(&l.c.layout.ll, e.slot,
-                                                                                 (uint32_t)l.c.rank, u.token)),
-                               e.n);
+            st_release_sys_u64(
+                (uint64_t *)(e.peer[u.rank] + epx__ll_row_flag_at(&l.c.layout.ll, e.slot, (uint32_t)l.c.rank, u.token)),
+                e.n);
         __syncwarp();
     }
 }

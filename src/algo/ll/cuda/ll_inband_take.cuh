@@ -55,10 +55,9 @@ EPX__DEVICE void spread_scales(const ll_dispatch_t &p, const ll_spread_t &s, uin
 {
     uint32_t lane = threadIdx.x % 32, hidden = p.l.hidden;
     if (p.ue8m0) {
-        uint8_t four[4] = {epx__ue8m0_of_f32_up(__uint_as_float(scales.x)),
-                           epx__ue8m0_of_f32_up(__uint_as_float(scales.y)),
-                           epx__ue8m0_of_f32_up(__uint_as_float(scales.z)),
-                           epx__ue8m0_of_f32_up(__uint_as_float(scales.w))};
+        uint8_t four[4] = {
+            epx__ue8m0_of_f32_up(__uint_as_float(scales.x)), epx__ue8m0_of_f32_up(__uint_as_float(scales.y)),
+            epx__ue8m0_of_f32_up(__uint_as_float(scales.z)), epx__ue8m0_of_f32_up(__uint_as_float(scales.w))};
         uint32_t packed = __shfl_sync(ALL_LANES, (uint32_t)epx__ue8m0_pack(four), lane % 2);
         put_scales(p, s, packed, at / 512, hidden / 512, 2);
         return;
@@ -105,7 +104,7 @@ EPX__DEVICE bool put_side(const ll_dispatch_t &p, const ll_entry_t &e, const ll_
 template <int vectors>
 struct ll_words_of {
     char *at, *scales_at;
-    uint32_t have;      /* bit j: vector j is part of the row */
+    uint32_t have; /* bit j: vector j is part of the row */
     bool has_scales;
     uint4 v[vectors], scales;
 };

@@ -40,7 +40,8 @@ EPX__DEVICE epx__pair_t ld_relaxed_sys_pair(const void *p)
 {
     epx__pair_t v;
     emu_give_way();
-    __m128i word = _mm_load_si128((const __m128i *)p); /* whole, on every x86-64 with AVX; faults if it is not aligned */
+    __m128i word =
+        _mm_load_si128((const __m128i *)p); /* whole, on every x86-64 with AVX; faults if it is not aligned */
     __asm__ volatile("" : "+x"(word) : : "memory");
     memcpy(&v, &word, sizeof v);
     return v;
