@@ -109,7 +109,7 @@ EPX__DEVICE int32_t ranks_below(const ll_common_t &l, const uint16_t *ids)
     return place;
 }
 
-/* Exclusive sum over the block of both halves of n (each total below 65536), *total the whole. */
+/* Exclusive sums over the block, *total the whole. */
 EPX__DEVICE uint2 scan_block(uint2 n, uint2 *sums, uint2 *total)
 {
     uint32_t lane = threadIdx.x % 32, w = threadIdx.x / 32;

@@ -84,15 +84,14 @@ EPX__DEVICE uint4 sum_here(const ll_combine_t &p, const ll_back_t &b, uint32_t a
     return round8(acc);
 }
 
+/* One warp. `b`: its first row, looked up while the block was entered. */
 template <bool by_rank>
-static __device__ void push(const ll_combine_t &p, const ll_entry_t &e, uint32_t warps, uint32_t others, uint32_t rows)
+static __device__ void push(const ll_combine_t &p, const ll_entry_t &e, uint32_t warps, uint32_t others, uint32_t rows,
+                            ll_back_t b)
 {
     const ll_common_t &l = p.l;
     uint32_t bytes = l.hidden * 2, pieces = (l.hidden + LL_HOME_PIECE - 1) / LL_HOME_PIECE, stride = gridDim.x * warps;
     uint32_t unit = blockIdx.x * warps + threadIdx.x / 32, lane = threadIdx.x % 32, all = rows * pieces;
-    ll_back_t b = {-1, 0, 0, 0};
-    if (unit < all)
-        b = row_to_push<by_rank>(p, others, unit / pieces);
     while (unit < all) {
         uint32_t next = unit + stride, at = unit % pieces * LL_HOME_PIECE * 2 + lane * 16;
         ll_back_t later = b;
@@ -349,18 +348,22 @@ __global__ void __launch_bounds__(WARPS(by_rank) * 32, 1) ll_inband_combine(cons
     if (l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
         return;
     uint32_t warp = threadIdx.x / 32, pushers = WARPS(by_rank), others = 0, rows = 0;
+    ll_back_t first = {-1, 0, 0, 0};
     if (p.send) { /* on its way while the block is entered */
         if (p.recv)
             pushers = PUSHERS(by_rank);
         others = l.r.list_count[by_rank];
         rows = others + (by_rank || p.recv ? 0 : l.tokens * l.topk);
+        uint32_t pieces = (l.hidden + LL_HOME_PIECE - 1) / LL_HOME_PIECE, row = (blockIdx.x * pushers + warp) / pieces;
+        if (warp < pushers && row < rows)
+            first = row_to_push<by_rank>(p, others, row);
     }
     if (!enter(p, e))
         return;
     if (blockIdx.x == 0 && warp == WARPS(by_rank) - 1)
         tell(p, e);
     if (p.send && warp < pushers)
-        push<by_rank>(p, e, pushers, others, rows);
+        push<by_rank>(p, e, pushers, others, rows, first);
     if (p.recv)
         add<by_rank>(p, e);
 }
