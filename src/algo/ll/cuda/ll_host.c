@@ -171,7 +171,7 @@ static epx_status_t create(epx__exchange_t *exchange)
     ll->inband = inband_fits(exchange);
     if (exchange->ll_inband && exchange->rank == 0)
         epx__log(2, "low latency: %s",
-                 ll->inband ? "rows are their own arrival signal (EPX_LL_INBAND)"
+                 ll->inband ? "rows are their own arrival signal (EPX_LL_INBAND); not measured yet"
                             : "this shape takes flags, though EPX_LL_INBAND is 1");
     epx_status_t status = epx__cuda_enter(ll->ht->ordinal, &before);
     if (status == EPX_OK) {

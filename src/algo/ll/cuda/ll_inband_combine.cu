@@ -308,6 +308,7 @@ static __device__ bool enter(const ll_combine_t &p, ll_entry_t &e)
     bool stop = false;
     if (r < (uint32_t)l.c.ranks) {
         uint32_t asked = *(volatile uint32_t *)&l.r.asked[r], masked = *(volatile uint32_t *)&l.masked[r];
+        uint64_t alarm = r ? 0 : ld_relaxed_sys_u64(alarm_of(l.c, l.c.window));
         uint64_t n = ((volatile uint64_t *)l.r.number)[0];
         uint32_t slot = (uint32_t)((volatile uint64_t *)l.r.number)[1];
         e.peer[r] = l.c.peers[r];
@@ -317,7 +318,7 @@ static __device__ bool enter(const ll_combine_t &p, ll_entry_t &e)
             e.n = n;
             e.slot = slot;
             e.claimed = 0;
-            stop = ht_stopped(l.c, n, false);
+            stop = alarm && ht_stopped(l.c, n, false);
         }
         if (blockIdx.x == 0 && p.send != p.recv) /* halves: between them, outputs lie in the slot */
             *(volatile uint64_t *)&l.unread[slot * (uint32_t)l.c.ranks + r] = p.send && asked ? n : 0;

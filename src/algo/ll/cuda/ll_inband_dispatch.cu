@@ -19,36 +19,33 @@
 
 /* ---- the slot's last call ---- */
 
-enum { LL_NOTHING_LEFT = 1, LL_SOME_LEFT = 2 }; /* or LL_STOP */
-
 /*
- * One thread a rank, in the block that sends the ids, which permit outputs into `back`. Some left: it may have written
- * outputs there that were not added: it was given up in the slot's last call, or the call was released after its send
- * half. It has said that no more come, else LL_STOP. It says so at the start of the kernel after its combine, so there
- * may be a moment to wait; a deadline if it is stuck.
+ * One thread a rank, in the block that sends the ids, which permit outputs into `back`. That rank may have written
+ * outputs of `call` there that were not added: it was given up in the slot's last call, or the call was released after
+ * its send half. Until it says that no more come; false: stop. It says so at the start of the kernel after its combine,
+ * so there may be a moment to wait; a deadline if it is stuck.
  */
-static __device__ __noinline__ int left_behind(const ll_common_t &l, uint64_t n, uint32_t slot, int r)
+static __device__ __noinline__ bool left_behind(const ll_common_t &l, uint64_t n, uint32_t slot, int r, uint64_t call)
 {
     const epx__ll_words_t *w = ll_words(l, l.c.window, slot, r);
     uint32_t at = slot * (uint32_t)l.c.ranks + (uint32_t)r, polls = 0;
-    uint64_t given_up = *(volatile uint64_t *)&l.owed[at], released = *(volatile uint64_t *)&l.unread[at], start = 0;
-    uint64_t call = given_up > released ? given_up : released;
+    uint64_t start = 0;
     while (ld_acquire_sys_u64(&w->combined) < call && ld_acquire_sys_u64(&w->left_out) < call) {
         if (++polls % 64 != 0)
             continue;
         uint64_t now = globaltimer_ns();
         start = start ? start : now;
         if (ht_stopped(l.c, n, polls % 4096 == 0))
-            return LL_STOP;
+            return false;
         if (now - start <= l.c.timeout_ns)
             continue;
         ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, r, call, ld_relaxed_sys_u64(&w->combined), now - start};
         ht_fail(l.c, n, f);
-        return LL_STOP;
+        return false;
     }
     *(volatile uint64_t *)&l.owed[at] = 0;
     *(volatile uint64_t *)&l.unread[at] = 0;
-    return call ? LL_SOME_LEFT : LL_NOTHING_LEFT;
+    return true;
 }
 
 /* The whole block: every place of the slot's outputs is empty. Seldom, and slow. */
@@ -98,22 +95,29 @@ static __device__ bool enter(const ll_dispatch_t &p, ll_entry_t &e, bool ids, bo
     bool stop = false, left = false;
     if (r < l.c.ranks) {
         uint32_t slot, masked = *(volatile uint32_t *)&l.masked[r];
-        uint64_t n = number_of(p, &slot), spoilt = *(volatile uint64_t *)&l.spoilt[slot * (uint32_t)l.c.ranks + r];
+        /* All loads before the first wait for one: each is a way to memory and back. */
+        uint64_t alarm = r ? 0 : ld_relaxed_sys_u64(alarm_of(l.c, l.c.window)), n = number_of(p, &slot);
+        uint32_t at = slot * (uint32_t)l.c.ranks + (uint32_t)r;
+        uint64_t spoilt = *(volatile uint64_t *)&l.spoilt[at], given_up = 0, released = 0;
+        if (ids) {
+            given_up = *(volatile uint64_t *)&l.owed[at];
+            released = *(volatile uint64_t *)&l.unread[at];
+        }
         e.peer[r] = l.c.peers[r];
         e.from[r] = masked ? LL_NOBODY : spoilt && spoilt < n ? LL_FLAGS : LL_INBAND;
         e.to[r] = LL_NOBODY;
         if ((ids || sends) && !masked)
             e.to[r] = ll_way_to(l, n, slot, r, &stop);
         if (ids) {
-            int found = left_behind(l, n, slot, r);
-            left = found == LL_SOME_LEFT;
-            stop = stop || found == LL_STOP;
+            left = given_up || released;
+            if (left && !left_behind(l, n, slot, r, given_up > released ? given_up : released))
+                stop = true;
             l.r.asked[r] = e.to[r] != LL_NOBODY;
         }
         if (r == 0) {
             e.n = n;
             e.slot = slot;
-            stop = ht_stopped(l.c, n, false) || stop;
+            stop = (alarm && ht_stopped(l.c, n, false)) || stop;
         }
     } else if (ids && threadIdx.x / 32 == LL_INBAND_WARPS - 1) {
         /* What earlier kernels filled with the empty pattern comes before the ids that permit writing there. */
