@@ -173,12 +173,11 @@ EPX__DEVICE int share_of(const ll_combine_t &p, const ll_head_t &h, int rank, co
     uint32_t *gone = &l.r.gone[rank];
     if (!l.r.asked[rank])
         return LL_ABSENT;
-    if (flag == NULL || ld_acquire_sys_u64(flag) >= h.n)
+    bool masked = l.masked[rank] && !l.mask_on_timeout; /* by the caller: left out, also what has come already */
+    if (!masked && (flag == NULL || ld_acquire_sys_u64(flag) >= h.n))
         return LL_CAME;
     const uint64_t *left_out = &ll_words(l, l.c.window, h.slot, rank)->left_out;
-    int came = l.masked[rank] && !l.mask_on_timeout
-                   ? LL_ABSENT
-                   : ll_wait_slow<false>(l, h.n, flag, h.n, rank, HT_STAGE_ARRIVAL, left_out, gone);
+    int came = masked ? LL_ABSENT : ll_wait_slow<false>(l, h.n, flag, h.n, rank, HT_STAGE_ARRIVAL, left_out, gone);
     if (came == LL_ABSENT && ld_acquire_sys_u64(left_out) < h.n) {
         ll_give_up(l, h.n, rank);
         *(volatile uint32_t *)gone = ll_decision(h.n, 2);

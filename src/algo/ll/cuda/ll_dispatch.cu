@@ -35,14 +35,10 @@ EPX__DEVICE int credit_of(const ll_common_t &l, const ll_head_t &h, int rank)
 /* A rank given up in the slot's last call may still write there, until it says that it is done with it. */
 EPX__DEVICE bool settled(const ll_common_t &l, const ll_head_t &h, int rank, uint64_t owed)
 {
-    const epx__ll_words_t *w = ll_words(l, l.c.window, h.slot, rank);
-    if (ld_acquire_sys_u64(&w->combined) >= owed || ld_acquire_sys_u64(&w->left_out) >= owed) {
-        l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank] = 0;
-        return true;
-    }
-    ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, rank, owed, 0, 0};
-    ht_fail(l.c, h.n, f);
-    return false;
+    if (!ll_settled(l, h.n, h.slot, rank, owed))
+        return false;
+    l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank] = 0;
+    return true;
 }
 
 static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)

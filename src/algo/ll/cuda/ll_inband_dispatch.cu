@@ -22,27 +22,13 @@
 /*
  * One thread a rank, in the block that sends the ids, which permit outputs into `back`. That rank may have written
  * outputs of `call` there that were not added: it was given up in the slot's last call, or the call was released after
- * its send half. Until it says that no more come; false: stop. It says so at the start of the kernel after its combine,
- * so there may be a moment to wait; a deadline if it is stuck.
+ * its send half. Until it says that no more come; false: stop.
  */
 static __device__ __noinline__ bool left_behind(const ll_common_t &l, uint64_t n, uint32_t slot, int r, uint64_t call)
 {
-    const epx__ll_words_t *w = ll_words(l, l.c.window, slot, r);
-    uint32_t at = slot * (uint32_t)l.c.ranks + (uint32_t)r, polls = 0;
-    uint64_t start = 0;
-    while (ld_acquire_sys_u64(&w->combined) < call && ld_acquire_sys_u64(&w->left_out) < call) {
-        if (++polls % 64 != 0)
-            continue;
-        uint64_t now = globaltimer_ns();
-        start = start ? start : now;
-        if (ht_stopped(l.c, n, polls % 4096 == 0))
-            return false;
-        if (now - start <= l.c.timeout_ns)
-            continue;
-        ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, r, call, ld_relaxed_sys_u64(&w->combined), now - start};
-        ht_fail(l.c, n, f);
+    uint32_t at = slot * (uint32_t)l.c.ranks + (uint32_t)r;
+    if (!ll_settled(l, n, slot, r, call))
         return false;
-    }
     *(volatile uint64_t *)&l.owed[at] = 0;
     *(volatile uint64_t *)&l.unread[at] = 0;
     return true;
