@@ -188,14 +188,34 @@ static void look_at_warp(block_t *b, uint32_t first)
     meet_warp(f);
 }
 
+/* Barriers of a part of the block: all their threads go on at once. */
+static void look_at_named(block_t *b)
+{
+    for (uint32_t name = 1; name < 16; name++) {
+        uint32_t waiting = 0;
+        uint64_t wanted = 0;
+        for (uint32_t i = 0; i < b->threads; i++) {
+            const fiber_t *f = &b->fibers[i];
+            bool here = !f->done && f->op == EMU_BAR_NAMED && f->lane == name;
+            waiting += here;
+            wanted = here ? f->value : wanted;
+        }
+        if (waiting == 0 || waiting < wanted)
+            continue;
+        for (uint32_t i = 0; i < b->threads; i++)
+            if (!b->fibers[i].done && b->fibers[i].op == EMU_BAR_NAMED && b->fibers[i].lane == name)
+                b->fibers[i].op = EMU_NONE;
+    }
+}
+
 static bool look_at_block(block_t *b)
 {
     uint32_t waiting = 0, done = 0, sum = 0;
     for (uint32_t i = 0; i < b->threads; i++) {
         const fiber_t *f = &b->fibers[i];
-        waiting += !f->done && f->op >= EMU_BAR;
+        waiting += !f->done && f->op >= EMU_BAR && f->op <= EMU_BAR_AND;
         done += f->done;
-        sum += !f->done && f->op >= EMU_BAR && f->value;
+        sum += !f->done && f->op >= EMU_BAR && f->op <= EMU_BAR_AND && f->value;
     }
     if (done == b->threads)
         return true;
@@ -236,6 +256,7 @@ static void *run_block(void *context)
             }
             look_at_warp(b, first);
         }
+        look_at_named(b);
         let_some_out(b);
         if (draw(b) % 8 == 0)
             sched_yield();

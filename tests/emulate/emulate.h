@@ -60,10 +60,12 @@ enum emu_op {
     EMU_SYNCWARP,
     EMU_BAR,
     EMU_BAR_OR,
-    EMU_BAR_AND
+    EMU_BAR_AND,
+    EMU_BAR_NAMED
 };
 
-/* This thread's part in an operation of its warp or block. `lane`: of shfl, the source. */
+/* This thread's part in an operation of its warp or block. `lane`: of shfl, the source; of a
+ * barrier with a name, which (and `value`, of how many threads). */
 uint64_t emu_meet(emu_op op, uint64_t value, uint32_t lane);
 /* Somebody else's turn. */
 void emu_give_way(void);

@@ -21,28 +21,6 @@ void epx__cuda_leave(int ordinal, int before)
     (void)ordinal, (void)before;
 }
 
-/* Kernels with flags: not here. */
-int epx__ll_launch_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes, void *stream)
-{
-    (void)p, (void)blocks, (void)shared_bytes, (void)stream;
-    return 1;
-}
-int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, void *stream)
-{
-    (void)p, (void)blocks, (void)stream;
-    return 1;
-}
-int epx__ll_load_dispatch(void *stream)
-{
-    (void)stream;
-    return 1;
-}
-int epx__ll_load_combine(void *stream)
-{
-    (void)stream;
-    return 1;
-}
-
 /* ---- the buffer's state ---- */
 
 static __thread int sms_of_rank;
@@ -86,7 +64,7 @@ static epx_status_t emu_create(epx__exchange_t *x)
     x->impl = make_ht(x);
     epx_status_t status = epx__ll_cuda.create(x);
     x->impl = impl;
-    if (status == EPX_OK && !((ll_cuda_t *)x->ll)->inband)
+    if (status == EPX_OK && ((ll_cuda_t *)x->ll)->inband != x->ll_inband)
         return epx__fail(EPX_E_INVALID, "not in-band");
     return status;
 }

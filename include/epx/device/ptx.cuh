@@ -48,6 +48,22 @@ EPX__DEVICE void st_relaxed_sys_u64(uint64_t *p, uint64_t v)
 {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+/* Words in shared memory, among warps of a block that do not meet at a barrier. */
+EPX__DEVICE void st_release_cta_u32(uint32_t *p, uint32_t v)
+{
+    asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+EPX__DEVICE uint32_t ld_acquire_cta_u32(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+/* A barrier of `threads` of the block, whole warps; 0 is that of __syncthreads. */
+EPX__DEVICE void bar_sync(uint32_t barrier, uint32_t threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 EPX__DEVICE uint32_t ld_acquire_gpu_u32(const uint32_t *p)
 {
     uint32_t v;

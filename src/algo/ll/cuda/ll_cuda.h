@@ -5,6 +5,9 @@
  * call's number is taken from device memory by the dispatch kernel, so that a graph can be replayed. Ids and weights
  * are their own arrival signals (the number is their upper half); each row has a flag word. What a kernel did for the
  * slot as a whole (`taken`, `combined`) is told by the buffer's next kernel, when it is certain and costs nothing.
+ *
+ * There are two sets of kernels: with flags (ll_dispatch.cu, ll_combine.cu), and in-band (ll_inband*), where each word
+ * of a row is its own signal. A buffer uses one of them for all its calls, the same on all ranks (ll_host.c).
  */
 #ifndef EPX_ALGO_LL_CUDA_LL_CUDA_H
 #define EPX_ALGO_LL_CUDA_LL_CUDA_H

@@ -73,6 +73,19 @@ EPX__DEVICE void st_global_16(void *p, uint4 v)
 {
     _mm_store_si128((__m128i *)p, _mm_set_epi32((int)v.w, (int)v.z, (int)v.y, (int)v.x));
 }
+EPX__DEVICE void st_release_cta_u32(uint32_t *p, uint32_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+EPX__DEVICE uint32_t ld_acquire_cta_u32(const uint32_t *p)
+{
+    emu_give_way();
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+EPX__DEVICE void bar_sync(uint32_t barrier, uint32_t threads)
+{
+    emu_meet(EMU_BAR_NAMED, threads, barrier);
+}
 EPX__DEVICE uint64_t globaltimer_ns(void)
 {
     struct timespec now;
