@@ -94,7 +94,8 @@ struct epx__exchange {
     epx__window_t window;
     void **peer; /* [ranks] their windows as mapped here; own base at [rank]; NULL outside the domain */
     epx__window_layout_t layout;
-    void *ll; /* of the low-latency implementation; NULL: the buffer has none */
+    void *ll;           /* of the low-latency implementation; NULL: the buffer has none */
+    uint32_t ll_inband; /* low latency on GPUs may use in-band arrival (docs/PROTOCOL-LL.md); equal on all ranks */
     epx__fault_t fault;
     epx_traffic_t traffic;
     void *net;           /* what carries rows between domains (algo/rails.h); NULL with one domain */

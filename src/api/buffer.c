@@ -65,11 +65,22 @@ static epx_status_t check_config(const epx_buffer_config_t *c, int ranks)
     return EPX_OK;
 }
 
+/* Asked for, and nobody is given up by deadline: docs/PROTOCOL-LL.md says why. The shape has a say too (algo/ll/cuda).
+ */
+static epx_status_t choose_inband(epx__exchange_t *x)
+{
+    const char *text = epx__env_text(EPX__ENV_LL_INBAND);
+    if (strcmp(text, "auto") && strcmp(text, "0") && strcmp(text, "1"))
+        return epx__fail(EPX_E_INVALID, "EPX_LL_INBAND is \"%.64s\"; it must be auto, 0 or 1", text);
+    x->ll_inband = !strcmp(text, "1") && !x->config.ll_mask_on_timeout;
+    return EPX_OK;
+}
+
 /* What must be equal on all ranks. */
 typedef struct agreement {
     uint64_t lease_bytes, reserve_bytes;
     uint32_t tokens_max, topk_max, experts_max, handles_max, experts, map_hash;
-    uint32_t ll_tokens_max, ll_hidden_max, ll_slots, zero;
+    uint32_t ll_tokens_max, ll_hidden_max, ll_slots, ll_inband;
 } agreement_t;
 
 typedef struct card {
@@ -89,7 +100,8 @@ static agreement_t agreement_of(const epx_buffer_t *buffer)
                      .experts = c->expert_rank ? c->experts : 0,
                      .ll_tokens_max = c->ll_tokens_max,
                      .ll_hidden_max = c->ll_hidden_max,
-                     .ll_slots = c->ll_slots};
+                     .ll_slots = c->ll_slots,
+                     .ll_inband = c->ll_tokens_max ? buffer->x.ll_inband : 0};
     for (uint32_t e = 0; c->expert_rank && e < c->experts; e++)
         a.map_hash = (a.map_hash ^ (uint32_t)c->expert_rank[e]) * 16777619u;
     return a;
@@ -103,13 +115,14 @@ static epx_status_t check_agreement(const agreement_t *mine, const agreement_t *
         EPX_E_MISMATCH,
         "epx_buffer_create: rank %d passes another configuration (lease_bytes %llu, reserve_bytes %llu, "
         "tokens_max %u, topk_max %u, experts_max %u, handles_max %u, map of %u experts, ll_tokens_max %u, "
-        "ll_hidden_max %u, ll_slots %u) than this rank (%llu, %llu, %u, %u, %u, %u, %u, %u, %u, %u); they, and the "
+        "ll_hidden_max %u, ll_slots %u, in-band %u) than this rank (%llu, %llu, %u, %u, %u, %u, %u, %u, %u, %u, %u); "
+        "they, and the "
         "map itself, must be equal on all ranks",
         rank, (unsigned long long)theirs->lease_bytes, (unsigned long long)theirs->reserve_bytes, theirs->tokens_max,
         theirs->topk_max, theirs->experts_max, theirs->handles_max, theirs->experts, theirs->ll_tokens_max,
-        theirs->ll_hidden_max, theirs->ll_slots, (unsigned long long)mine->lease_bytes,
+        theirs->ll_hidden_max, theirs->ll_slots, theirs->ll_inband, (unsigned long long)mine->lease_bytes,
         (unsigned long long)mine->reserve_bytes, mine->tokens_max, mine->topk_max, mine->experts_max, mine->handles_max,
-        mine->experts, mine->ll_tokens_max, mine->ll_hidden_max, mine->ll_slots);
+        mine->experts, mine->ll_tokens_max, mine->ll_hidden_max, mine->ll_slots, mine->ll_inband);
 }
 
 /* ---- making ---- */
@@ -217,6 +230,7 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     EPX__TRY(epx__config_copy(&x->config, sizeof x->config, config, "epx_buffer_config_t"));
     EPX__TRY(fill_defaults(&x->config, group));
     EPX__TRY(check_config(&x->config, group->ranks));
+    EPX__TRY(choose_inband(x));
     EPX__TRY(copy_map(buffer));
     EPX__TRY(make_pools(buffer));
     EPX__TRY(epx__buffer_enter(buffer));

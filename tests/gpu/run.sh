@@ -46,7 +46,7 @@ run bounds 100 "$tests/gpu_test_bounds"
 run graph 120 "$tests/gpu_test_graph" "${GRAPH_REPLAYS:-1000}"
 run differential 300 "$tests/gpu_test_differential" "" "$percent"
 run stress 120 "$tests/gpu_test_stress" "" "$((percent / 10 + 1))"
-for name in ll ll_graph; do
+for name in ll ll_slots ll_graph ll_deadline; do
     [ -x "$tests/gpu_test_$name" ] && run $name 150 "$tests/gpu_test_$name"
 done
 if [ -n "${EPX_GPU_SANITIZE:-}" ] && command -v compute-sanitizer >/dev/null; then

@@ -3,10 +3,13 @@
  * each time, compared with the reference; and how long calls take in a replayed graph.
  *
  *     gpu_test_ll_graph [replays] [GPUs, to take times]
+ *
+ * Both ways that rows arrive; with EPX_LL_INBAND, one.
  */
 #include "gpu/memory_cuda.h"
 
 #include "common/ll_case.h"
+#include "gpu/ll_both.h"
 
 typedef struct plan {
     int replays;
@@ -194,7 +197,7 @@ static void time_body(xt_rank_t *self)
     epx_buffer_destroy(buffer);
 }
 
-int main(int argc, char **argv)
+static int one_way(int argc, char **argv)
 {
     static const int sizes[] = {1, 2, 3, 5};
     plan_t plan = {.replays = argc > 1 ? atoi(argv[1]) : 200};
@@ -211,4 +214,9 @@ int main(int argc, char **argv)
         xt_run(&r);
     }
     return xt_done();
+}
+
+int main(int argc, char **argv)
+{
+    return ll_both(argc, argv);
 }

@@ -1,6 +1,7 @@
 /*
- * Weighing rows of bf16, and quantising them of bf16 with vector instructions against plan/format.h's plain loop, bit for bit: every bf16 number
- * under many scales, NaNs and infinities among them, by every set of instructions that this CPU has.
+ * Weighing rows of bf16, and quantising them of bf16 with vector instructions against plan/format.h's plain loop, bit
+ * for bit: every bf16 number under many scales, NaNs and infinities among them, by every set of instructions that this
+ * CPU has.
  */
 #include <stdlib.h>
 #include <string.h>

@@ -48,6 +48,22 @@ EPX__DEVICE void st_relaxed_sys_u64(uint64_t *p, uint64_t v)
 {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+/* Words in shared memory, among warps of a block that do not meet at a barrier. */
+EPX__DEVICE void st_release_cta_u32(uint32_t *p, uint32_t v)
+{
+    asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+EPX__DEVICE uint32_t ld_acquire_cta_u32(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+/* A barrier of `threads` of the block, whole warps; 0 is that of __syncthreads. */
+EPX__DEVICE void bar_sync(uint32_t barrier, uint32_t threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 EPX__DEVICE uint32_t ld_acquire_gpu_u32(const uint32_t *p)
 {
     uint32_t v;
@@ -87,6 +103,16 @@ EPX__DEVICE epx__pair_t ld_relaxed_sys_pair(const void *p)
                  : "l"(p)
                  : "memory");
     return v;
+}
+/* 16 bytes of payload that travel as one: who sees any of them sees all. */
+EPX__DEVICE uint4 ld_relaxed_sys_16(const void *p)
+{
+    epx__pair_t v = ld_relaxed_sys_pair(p);
+    return make_uint4((uint32_t)v.first, (uint32_t)(v.first >> 32), (uint32_t)v.second, (uint32_t)(v.second >> 32));
+}
+EPX__DEVICE void st_relaxed_sys_16(void *p, uint4 v)
+{
+    st_relaxed_sys_pair(p, (uint64_t)v.y << 32 | v.x, (uint64_t)v.w << 32 | v.z);
 }
 EPX__DEVICE void fence_acq_rel_sys(void)
 {

@@ -2,8 +2,9 @@
  * Rows of bf16, quantised or weighed: plan/format.h's arithmetic, bit for bit, without branches on the data, so that
  * compilers turn the loops into vector code. One version for each set of instructions.
  *
- * The rounding to e4m3, on the magnitude's bits a: above 2^-6, nearest even by adding half and the lowest bit kept; below, adding
- * 2^14, whose last place is worth 2^-9, leaves the multiple of 2^-9 in the low bits, rounded by the adder itself.
+ * The rounding to e4m3, on the magnitude's bits a: above 2^-6, nearest even by adding half and the lowest bit kept;
+ * below, adding 2^14, whose last place is worth 2^-9, leaves the multiple of 2^-9 in the low bits, rounded by the adder
+ * itself.
  */
 #include "device/cpu/bf16.h"
 
@@ -95,8 +96,8 @@ __attribute__((target("avx2"))) static void weigh_avx2(float *sum, const uint16_
     weigh(sum, x, weight, hidden);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void
-weigh_avx512(float *sum, const uint16_t *x, float weight, size_t hidden)
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void weigh_avx512(float *sum, const uint16_t *x,
+                                                                                       float weight, size_t hidden)
 {
     weigh(sum, x, weight, hidden);
 }

@@ -12,8 +12,8 @@
 #include <cuda_runtime.h>
 #include <string.h>
 
+#include "algo/ll/cuda/ll_number.cuh"
 #include "algo/ll/cuda/ll_wait.cuh"
-#include "plan/format.h"
 
 #define COPIERS_MOST 28u
 #define TELLERS 4u
@@ -25,38 +25,6 @@ typedef struct ll_head {
     uint32_t done[COPIERS_MOST]; /* rows that each copier has put */
     uint32_t copiers, claimed;   /* claimed: pieces that some adder of this block has taken */
 } ll_head_t;
-
-EPX__DEVICE void st_release_cta_u32(uint32_t *p, uint32_t v)
-{
-    asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-EPX__DEVICE uint32_t ld_acquire_cta_u32(const uint32_t *p)
-{
-    uint32_t v;
-    asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
-/* acc += w * v, 8 elements; products and sums rounded one by one. */
-EPX__DEVICE void add8(float *acc, uint4 v, float w, bool weighted)
-{
-    uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float low = __uint_as_float(u[i] << 16), high = __uint_as_float(u[i] & 0xffff0000u);
-        acc[2 * i] = __fadd_rn(acc[2 * i], weighted ? __fmul_rn(w, low) : low);
-        acc[2 * i + 1] = __fadd_rn(acc[2 * i + 1], weighted ? __fmul_rn(w, high) : high);
-    }
-}
-/* NaNs as epx__bf16_of_f32 makes them. */
-EPX__DEVICE uint32_t round2(float low, float high)
-{
-    return (uint32_t)epx__bf16_of_f32(low) | (uint32_t)epx__bf16_of_f32(high) << 16;
-}
-EPX__DEVICE uint4 round8(const float *acc)
-{
-    return make_uint4(round2(acc[0], acc[1]), round2(acc[2], acc[3]), round2(acc[4], acc[5]), round2(acc[6], acc[7]));
-}
 
 /* ---- push ---- */
 
@@ -194,12 +162,11 @@ EPX__DEVICE int share_of(const ll_combine_t &p, const ll_head_t &h, int rank, co
     uint32_t *gone = &l.r.gone[rank];
     if (!l.r.asked[rank])
         return LL_ABSENT;
-    if (flag == NULL || ld_acquire_sys_u64(flag) >= h.n)
+    bool masked = l.masked[rank] && !l.mask_on_timeout; /* by the caller: left out, also what has come already */
+    if (!masked && (flag == NULL || ld_acquire_sys_u64(flag) >= h.n))
         return LL_CAME;
     const uint64_t *left_out = &ll_words(l, l.c.window, h.slot, rank)->left_out;
-    int came = l.masked[rank] && !l.mask_on_timeout
-                   ? LL_ABSENT
-                   : ll_wait_slow<false>(l, h.n, flag, h.n, rank, HT_STAGE_ARRIVAL, left_out, gone);
+    int came = masked ? LL_ABSENT : ll_wait_slow<false>(l, h.n, flag, h.n, rank, HT_STAGE_ARRIVAL, left_out, gone);
     if (came == LL_ABSENT && ld_acquire_sys_u64(left_out) < h.n) {
         ll_give_up(l, h.n, rank);
         *(volatile uint32_t *)gone = ll_decision(h.n, 2);
@@ -343,6 +310,8 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_
         adder(p, h);
 }
 
+#if defined(__CUDACC__) /* tests/emulate launches it in its own way */
+
 extern "C" int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, void *stream)
 {
     ll_combine_kernel<<<blocks, LL_THREADS, 0, (cudaStream_t)stream>>>(*p);
@@ -355,3 +324,5 @@ extern "C" int epx__ll_load_combine(void *stream)
     memset(&nothing, 0, sizeof nothing);
     return epx__ll_launch_combine(&nothing, 1, stream);
 }
+
+#endif

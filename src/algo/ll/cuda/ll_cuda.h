@@ -5,6 +5,9 @@
  * call's number is taken from device memory by the dispatch kernel, so that a graph can be replayed. Ids and weights
  * are their own arrival signals (the number is their upper half); each row has a flag word. What a kernel did for the
  * slot as a whole (`taken`, `combined`) is told by the buffer's next kernel, when it is certain and costs nothing.
+ *
+ * There are two sets of kernels: with flags (ll_dispatch.cu, ll_combine.cu), and in-band (ll_inband*), where each word
+ * of a row is its own signal. A buffer uses one of them for all its calls, the same on all ranks (ll_host.c).
  */
 #ifndef EPX_ALGO_LL_CUDA_LL_CUDA_H
 #define EPX_ALGO_LL_CUDA_LL_CUDA_H
@@ -28,7 +31,7 @@ extern "C" {
 typedef struct ll_state {
     uint64_t number;  /* of the last dispatch */
     uint32_t arrived; /* blocks of the running dispatch that have read it; 0 between kernels */
-    uint32_t pad;
+    uint32_t slot;    /* number % slots; in-band kernels alone keep it */
 } ll_state_t;
 
 /* A row to return: `row` of the caller's outputs (RANKED: the index of (source, token)) to `token` of `source`. */
@@ -38,7 +41,7 @@ typedef struct ll_back {
 
 /* What a call keeps between its kernels, device memory. */
 typedef struct ll_record {
-    uint64_t *number;
+    uint64_t *number;     /* [2] and its slot, which in-band kernels alone keep */
     int32_t *pos;         /* [ranks * tokens_max][topk] row in the output of each choice, -1 not of this rank */
     float *weights;       /* likewise */
     ll_back_t *list;      /* expert outputs of other ranks' tokens, token-major */
@@ -57,7 +60,10 @@ typedef struct ll_common {
     uint32_t *gave_up;          /* pinned host memory, [ranks]: masked by a deadline */
     uint64_t *taken, *combined; /* [slots] to be told by the next kernel */
     uint64_t *owed;             /* [slots][ranks] the call in which that rank was given up there; 0 nobody */
-    epx__experts_t map;         /* device pointers */
+    /* In-band kernels alone; 0 never. */
+    uint64_t *spoilt;   /* [slots][ranks] from that call on, its rows' places there may hold what nobody took */
+    uint64_t *unread;   /* [slots][ranks] the call whose outputs from it were pushed here, and not added yet */
+    epx__experts_t map; /* device pointers */
     uint32_t hidden, topk, tokens, local_experts, slots;
     uint32_t mask_on_timeout, ranked; /* ranked: rank-major */
     int64_t *wait_ns;
@@ -69,9 +75,10 @@ typedef struct ll_dispatch {
     ll_common_t l;
     /* roles of blocks: [first, first + blocks); a block may have several and does them in this order */
     uint32_t ids_block, send_first, send_blocks, book_block, recv_first,
-        recv_blocks;     /* ids_block, book_block: ~0 none */
-    uint32_t send, recv; /* which halves this kernel does */
-    uint32_t indexed;    /* positions are in `index` already (large shapes) */
+        recv_blocks;                  /* ids_block, book_block: ~0 none */
+    uint32_t list_block, place_block; /* in-band kernels: parts of the books */
+    uint32_t send, recv;              /* which halves this kernel does */
+    uint32_t indexed;                 /* positions are in `index` already (large shapes) */
     uint32_t fp8, round_scale, ue8m0, stamp_shape;
     uint32_t parts, words; /* of the bitmaps: [parts][words] */
     char *index;           /* global: ids, bits, before; for large shapes */
@@ -101,6 +108,11 @@ static inline uint64_t ll_index_bytes(uint64_t pairs, uint64_t parts, uint64_t w
 
 int epx__ll_launch_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes, void *stream);
 int epx__ll_launch_combine(const ll_combine_t *p, uint32_t blocks, void *stream);
+/* With in-band arrival (ll_inband.h): the same calls, every shape whose ids and bitmaps fit into shared memory. */
+int epx__ll_launch_inband_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes, void *stream);
+int epx__ll_launch_inband_combine(const ll_combine_t *p, uint32_t blocks, void *stream);
+int epx__ll_load_inband_dispatch(void *stream);
+int epx__ll_load_inband_combine(void *stream);
 int epx__ll_load_dispatch(void *stream);
 int epx__ll_load_combine(void *stream);
 

@@ -13,11 +13,11 @@
 #include <string.h>
 
 #include "algo/ll/cuda/ll_index.cuh"
-#include "plan/format.h"
+#include "algo/ll/cuda/ll_number.cuh"
 
 EPX__DEVICE void team_sync(uint32_t team)
 {
-    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(LL_TEAM_WARPS * 32) : "memory");
+    bar_sync(team + 1, LL_TEAM_WARPS * 32);
 }
 
 /* ---- ids ---- */
@@ -35,14 +35,10 @@ EPX__DEVICE int credit_of(const ll_common_t &l, const ll_head_t &h, int rank)
 /* A rank given up in the slot's last call may still write there, until it says that it is done with it. */
 EPX__DEVICE bool settled(const ll_common_t &l, const ll_head_t &h, int rank, uint64_t owed)
 {
-    const epx__ll_words_t *w = ll_words(l, l.c.window, h.slot, rank);
-    if (ld_acquire_sys_u64(&w->combined) >= owed || ld_acquire_sys_u64(&w->left_out) >= owed) {
-        l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank] = 0;
-        return true;
-    }
-    ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, rank, owed, 0, 0};
-    ht_fail(l.c, h.n, f);
-    return false;
+    if (!ll_settled(l, h.n, h.slot, rank, owed))
+        return false;
+    l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank] = 0;
+    return true;
 }
 
 static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
@@ -92,47 +88,6 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
 }
 
 /* ---- send ---- */
-
-EPX__DEVICE uint32_t e4m3x4(const float *f, float inverse)
-{
-#if __CUDA_ARCH__ >= 890
-    uint16_t low, high;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(f[1] * inverse), "f"(f[0] * inverse));
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(f[3] * inverse), "f"(f[2] * inverse));
-    return (uint32_t)low | (uint32_t)high << 16;
-#else
-    uint32_t v = 0;
-    for (int i = 0; i < 4; i++)
-        v |= (uint32_t)epx__fp8_quantise(f[i], inverse) << (8 * i);
-    return v;
-#endif
-}
-
-EPX__DEVICE void unpack8(uint4 v, float *f)
-{
-    uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        f[2 * i] = __uint_as_float(u[i] << 16);
-        f[2 * i + 1] = __uint_as_float(u[i] & 0xffff0000u);
-    }
-}
-
-/* The lanes' 16 elements each, a scale for 8 lanes. */
-EPX__DEVICE uint4 quantise16(uint4 a, uint4 b, int round_scale, float *scale)
-{
-    float f[16], amax = 0.0f;
-    unpack8(a, f);
-    unpack8(b, f + 8);
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-        amax = epx__fp8_amax(amax, f[i]);
-    for (int d = 1; d < 8; d *= 2)
-        amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, d));
-    *scale = epx__fp8_scale(amax, round_scale);
-    float inverse = epx__fp8_inverse(*scale);
-    return make_uint4(e4m3x4(f, inverse), e4m3x4(f + 4, inverse), e4m3x4(f + 8, inverse), e4m3x4(f + 12, inverse));
-}
 
 /* Which ranks want the token: the first lane of each. */
 EPX__DEVICE uint32_t wanted(const ll_common_t &l, uint32_t token, int *rank)
@@ -534,6 +489,8 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_dispatch_kernel(const __grid
         spread<fp8>(p, h, x);
 }
 
+#if defined(__CUDACC__) /* tests/emulate launches them in its own way */
+
 typedef void (*ll_kernel_t)(ll_dispatch_t);
 
 static ll_kernel_t kernel_of(bool fp8, bool large)
@@ -563,3 +520,5 @@ extern "C" int epx__ll_load_dispatch(void *stream)
     }
     return (int)cudaGetLastError();
 }
+
+#endif

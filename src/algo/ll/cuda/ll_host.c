@@ -5,15 +5,15 @@
 #include <string.h>
 
 #include "algo/ht/cuda/host.h"
+#include "algo/ll/cuda/ll_inband.h"
 #include "algo/ll/cuda/ll_cuda.h"
 #include "algo/ll/ll.h"
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "base/fail.h"
+#include "base/log.h"
 
 extern const epx__ll_ops_t epx__ll_cuda;
-
-#define NO_BLOCK 0xffffffffu
 
 typedef struct ll_cuda {
     epx__exchange_t *exchange;
@@ -23,7 +23,8 @@ typedef struct ll_cuda {
     uint8_t *masked_by_caller; /* [ranks] */
     ll_state_t *state;
     uint32_t *masked;
-    uint64_t *taken, *combined, *owed;
+    uint64_t *taken, *combined, *owed, *spoilt, *unread;
+    bool inband;          /* all calls of the buffer, on all ranks */
     ll_record_t *records; /* [slots] */
     char **zero_copy;     /* [slots] */
     char *index;          /* for shapes that do not fit into shared memory; NULL: all fit */
@@ -64,9 +65,11 @@ static void cut_device(ll_cuda_t *ll, cutter_t *c)
     ll->taken = cut(c, l->slots, 8);
     ll->combined = cut(c, l->slots, 8);
     ll->owed = cut(c, l->slots * ranks, 8);
+    ll->spoilt = cut(c, l->slots * ranks, 8);
+    ll->unread = cut(c, l->slots * ranks, 8);
     for (uint32_t i = 0; i < l->slots; i++) {
         ll_record_t *r = &ll->records[i];
-        r->number = cut(c, 1, 8);
+        r->number = cut(c, 2, 8);
         r->pos = cut(c, pairs, 4);
         r->weights = cut(c, pairs, 4);
         r->list = cut(c, pairs, sizeof(ll_back_t));
@@ -80,6 +83,36 @@ static void cut_device(ll_cuda_t *ll, cutter_t *c)
     }
     uint64_t index = ll_index_bytes(pairs, experts_here(x), (rows + 31) / 32);
     ll->index = index > LL_SHARED_MOST ? cut(c, index, 1) : NULL;
+}
+
+/* In-band arrival: asked for, and a shape that its kernels know. From what is equal on all ranks alone. */
+static bool inband_fits(const epx__exchange_t *x)
+{
+    const epx__ll_layout_t *l = &x->layout.ll;
+    uint64_t rows = (uint64_t)l->ranks * l->tokens_max;
+    return x->ll_inband && l->ranks <= LL_INBAND_RANKS_MOST && x->config.experts_max <= LL_INBAND_EXPERTS_MOST &&
+           ll_index_bytes(rows * l->topk_max, experts_here(x), (rows + 31) / 32) <= LL_SHARED_MOST;
+}
+
+/* Load every kernel that the buffer uses, and fill the places with the empty pattern. */
+static cudaError_t prepare_kernels(const ll_cuda_t *ll)
+{
+    const epx__exchange_t *x = ll->exchange;
+    const epx__ll_layout_t *l = &x->layout.ll;
+    cudaStream_t stream = ll->ht->device->stream;
+    if (!ll->inband) {
+        cudaError_t error = (cudaError_t)epx__ll_load_dispatch(stream);
+        return error == cudaSuccess ? (cudaError_t)epx__ll_load_combine(stream) : error;
+    }
+    char *base = x->window.base;
+    /* The rows of every (slot, source), but not the ids before them; and all of `back`. */
+    cudaError_t error = cudaMemset2DAsync(base + epx__ll_row_at(l, 0, 0, 0), l->source_bytes, 0xff,
+                                          l->source_bytes - l->block_bytes, (size_t)l->slots * l->ranks, stream);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(base + l->back_offset, 0xff, l->row_flags_offset - l->back_offset, stream);
+    if (error == cudaSuccess)
+        error = (cudaError_t)epx__ll_load_inband_dispatch(stream);
+    return error == cudaSuccess ? (cudaError_t)epx__ll_load_inband_combine(stream) : error;
 }
 
 static epx_status_t allocate(ll_cuda_t *ll)
@@ -107,9 +140,7 @@ static epx_status_t allocate(ll_cuda_t *ll)
     if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&ll->order, cudaEventDisableTiming);
     if (error == cudaSuccess)
-        error = (cudaError_t)epx__ll_load_dispatch(ll->ht->device->stream);
-    if (error == cudaSuccess)
-        error = (cudaError_t)epx__ll_load_combine(ll->ht->device->stream);
+        error = prepare_kernels(ll);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(ll->ht->device->stream);
     return error == cudaSuccess ? EPX_OK : epx__cuda_fail(error, "making low latency");
@@ -142,6 +173,11 @@ static epx_status_t create(epx__exchange_t *exchange)
         return epx__fail(EPX_E_NOMEM, "no memory for low latency");
     ll->exchange = exchange;
     ll->ht = exchange->impl;
+    ll->inband = inband_fits(exchange);
+    if (exchange->ll_inband && exchange->rank == 0)
+        epx__log(2, "low latency: %s",
+                 ll->inband ? "rows are their own arrival signal (EPX_LL_INBAND); not measured yet"
+                            : "this shape takes flags, though EPX_LL_INBAND is 1");
     epx_status_t status = epx__cuda_enter(ll->ht->ordinal, &before);
     if (status == EPX_OK) {
         status = allocate(ll);
@@ -238,6 +274,8 @@ static ll_common_t common(const ll_cuda_t *ll, const epx__ll_call_t *call, uint3
                      .taken = ll->taken,
                      .combined = ll->combined,
                      .owed = ll->owed,
+                     .spoilt = ll->spoilt,
+                     .unread = ll->unread,
                      .map = call->map,
                      .hidden = d->hidden,
                      .topk = d->topk,
@@ -273,8 +311,8 @@ static ll_dispatch_t dispatch_of(const ll_cuda_t *ll, const epx__ll_call_t *call
 {
     const epx_ll_dispatch_t *d = &call->dispatch;
     ll_dispatch_t p = {.l = common(ll, call, LL_KIND_DISPATCH, d->timeout_ms),
-                       .ids_block = NO_BLOCK,
-                       .book_block = NO_BLOCK,
+                       .ids_block = LL_NO_BLOCK,
+                       .book_block = LL_NO_BLOCK,
                        .fp8 = d->format == EPX_LL_FP8,
                        .round_scale = d->round_scale != 0,
                        .ue8m0 = d->ue8m0 != 0,
@@ -302,6 +340,26 @@ static uint32_t index_bytes(const ll_dispatch_t *p)
     return bytes > LL_SHARED_MOST ? 0 : (uint32_t)bytes;
 }
 
+static int launch_inband(ll_dispatch_t p, uint32_t blocks, bool send, bool recv, cudaStream_t stream)
+{
+    if (send && recv && blocks < LL_WHOLE_BLOCKS_LEAST) {
+        int error = launch_inband(p, blocks, true, false, stream);
+        return error ? error : launch_inband(p, blocks, false, true, stream);
+    }
+    ll_roles_t r = ll_roles_of(blocks, send, recv, p.l.tokens);
+    p.send = send;
+    p.recv = recv;
+    p.ids_block = r.ids;
+    p.book_block = r.counts;
+    p.list_block = r.lists;
+    p.place_block = r.places;
+    p.send_first = r.send_first;
+    p.send_blocks = r.send_blocks;
+    p.recv_first = r.recv_first;
+    p.recv_blocks = r.recv_blocks;
+    return epx__ll_launch_inband_dispatch(&p, blocks, recv ? index_bytes(&p) : 0, stream);
+}
+
 static int launch_send(ll_dispatch_t p, uint32_t blocks, cudaStream_t stream)
 {
     p.send = 1;
@@ -323,7 +381,7 @@ static int launch_recv(const ll_cuda_t *ll, ll_dispatch_t p, uint32_t blocks, cu
     }
     p.index = ll->index;
     int error = epx__ll_launch_dispatch(&p, 1, 0, stream);
-    p.book_block = NO_BLOCK;
+    p.book_block = LL_NO_BLOCK;
     p.indexed = 1;
     p.recv_blocks = blocks;
     return error ? error : epx__ll_launch_dispatch(&p, blocks, 0, stream);
@@ -349,31 +407,35 @@ static int launch_both(const ll_cuda_t *ll, ll_dispatch_t p, uint32_t blocks, cu
     return epx__ll_launch_dispatch(&p, blocks, shared, stream);
 }
 
+static epx_status_t run_dispatch(epx__exchange_t *exchange, const epx__ll_call_t *call, epx_stream_t stream, bool send,
+                                 bool recv)
+{
+    ll_cuda_t *ll = exchange->ll;
+    scope_t s;
+    EPX__TRY(scope_open(exchange, stream, &s));
+    ll_dispatch_t p = dispatch_of(ll, call);
+    uint32_t blocks = blocks_of(ll, call->dispatch.sms);
+    int error;
+    if (ll->inband)
+        error = launch_inband(p, blocks, send, recv, s.stream);
+    else if (send && recv)
+        error = launch_both(ll, p, blocks, s.stream);
+    else
+        error = send ? launch_send(p, blocks, s.stream) : launch_recv(ll, p, blocks, s.stream);
+    return scope_close(&s, error, recv ? "launching ll_dispatch" : "launching ll_dispatch_send");
+}
+
 static epx_status_t dispatch_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
 {
-    ll_cuda_t *ll = exchange->ll;
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, launch_send(dispatch_of(ll, call), blocks_of(ll, call->dispatch.sms), s.stream),
-                       "launching ll_dispatch_send");
+    return run_dispatch(exchange, call, stream, true, false);
 }
-
 static epx_status_t dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
 {
-    ll_cuda_t *ll = exchange->ll;
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, launch_recv(ll, dispatch_of(ll, call), blocks_of(ll, call->dispatch.sms), s.stream),
-                       "launching ll_dispatch_recv");
+    return run_dispatch(exchange, call, stream, false, true);
 }
-
 static epx_status_t dispatch(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
 {
-    ll_cuda_t *ll = exchange->ll;
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, launch_both(ll, dispatch_of(ll, call), blocks_of(ll, call->dispatch.sms), s.stream),
-                       "launching ll_dispatch");
+    return run_dispatch(exchange, call, stream, true, true);
 }
 
 /* ---- combine ---- */
@@ -395,7 +457,9 @@ static epx_status_t run_combine(epx__exchange_t *exchange, epx__ll_call_t *call,
     p.by_rank = p.pre_reduced || p.l.ranked;
     p.l.topk_idx = c->topk_idx;
     EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, epx__ll_launch_combine(&p, blocks_of(ll, c->sms), stream), "launching ll_combine");
+    int (*launch)(const ll_combine_t *, uint32_t, void *) =
+        ll->inband ? epx__ll_launch_inband_combine : epx__ll_launch_combine;
+    return scope_close(&s, launch(&p, blocks_of(ll, c->sms), stream), "launching ll_combine");
 }
 
 static epx_status_t combine_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)

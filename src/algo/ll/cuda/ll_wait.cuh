@@ -109,6 +109,33 @@ EPX__DEVICE int ll_wait_flag(const ll_common_t &l, uint64_t n, const uint64_t *w
     return ld_acquire_sys_u64(word) >= n ? LL_CAME : ll_wait_slow<false>(l, n, word, n, peer, stage, left_out, gone);
 }
 
+/*
+ * Until rank r, given up in `call`, has said that it is done with that slot; else its late outputs would meet those of
+ * the slot's next call. It says so at the start of the kernel after its combine, so there may be a moment to wait. At
+ * the deadline, words; false: stop. The kernel that waits here tells its own first, or two ranks would wait for each
+ * other.
+ */
+EPX__DEVICE bool ll_settled(const ll_common_t &l, uint64_t n, uint64_t slot, int r, uint64_t call)
+{
+    const epx__ll_words_t *w = ll_words(l, l.c.window, slot, r);
+    uint64_t start = 0;
+    for (uint32_t polls = 1; ld_acquire_sys_u64(&w->combined) < call && ld_acquire_sys_u64(&w->left_out) < call;
+         polls++) {
+        if (polls % 64 != 0)
+            continue;
+        uint64_t now = globaltimer_ns();
+        start = start ? start : now;
+        if (ht_stopped(l.c, n, polls % 4096 == 0))
+            return false;
+        if (now - start <= l.c.timeout_ns)
+            continue;
+        ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, r, call, ld_relaxed_sys_u64(&w->combined), now - start};
+        ht_fail(l.c, n, f);
+        return false;
+    }
+    return true;
+}
+
 /* One warp: tell what earlier kernels of this buffer finished. They are over: one fence, then plain words. */
 EPX__DEVICE void ll_tell_finished(const ll_common_t &l)
 {

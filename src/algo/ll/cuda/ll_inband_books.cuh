@@ -1,0 +1,199 @@
+/*
+ * In-band dispatch, the books, each in a block of its own: counts, ranges and statistics; what goes home in combine;
+ * every choice's row and weight.
+ */
+#ifndef EPX_ALGO_LL_CUDA_LL_INBAND_BOOKS_CUH
+#define EPX_ALGO_LL_CUDA_LL_INBAND_BOOKS_CUH
+
+#include "algo/ll/cuda/ll_inband_index.cuh"
+
+/* ---- counts ---- */
+
+/* Rows of that part before pair u, which may be one past the last. */
+EPX__DEVICE uint32_t rows_before(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t part, uint32_t u, uint32_t all)
+{
+    return u < all ? place_known(p, x, part, u)
+                   : place_known(p, x, part, all - 1) + (x.bits[part * p.words + (all - 1) / 32] >> (all - 1) % 32 & 1);
+}
+
+/* Rank-major: a token counts once for each of its experts here, however often it names it. */
+static __device__ void count_ranked(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t choices)
+{
+    const ll_common_t &l = p.l;
+    for (uint32_t i = threadIdx.x; i < choices; i += LL_INBAND_THREADS) {
+        uint32_t e = local_of(l, x.ids[i]);
+        bool first = e != LL_NONE;
+        for (uint32_t j = i / l.topk * l.topk; first && j < i; j++)
+            first = x.ids[j] != x.ids[i];
+        if (first)
+            atomicAdd(&p.expert_stats[e], 1);
+    }
+}
+
+static __device__ void book_counts(const ll_dispatch_t &p, const ll_ids_t &x)
+{
+    const ll_common_t &l = p.l;
+    uint32_t ranks = (uint32_t)l.c.ranks, places = l.c.layout.ll.tokens_max, all = ranks * places;
+    for (uint32_t i = threadIdx.x; i < p.parts * ranks; i += LL_INBAND_THREADS) {
+        uint32_t part = i / ranks, r = i % ranks, begin = rows_before(p, x, part, r * places, all);
+        uint32_t end = rows_before(p, x, part, (r + 1) * places, all);
+        if (p.layout_range)
+            p.layout_range[i] = (int64_t)((uint64_t)begin << 32 | (end - begin));
+        if (l.ranked)
+            p.recv_count[r] = (int32_t)(end - begin);
+        else if (r == ranks - 1) {
+            p.recv_count[part] = (int32_t)end;
+            if (p.expert_stats)
+                p.expert_stats[part] += (int32_t)end;
+        }
+    }
+    if (l.ranked && p.expert_stats)
+        count_ranked(p, x, all * l.topk);
+}
+
+/* The peers' shapes are mine. False: stop. */
+EPX__DEVICE bool same_shape(const ll_dispatch_t &p, const ll_entry_t &e, uint32_t r)
+{
+    const ll_common_t &l = p.l;
+    const uint64_t *word = ll_block(l, l.c.window, e.slot, (int)r);
+    uint64_t want = ll_stamped(p.stamp_shape, e.n), seen = ld_relaxed_sys_u64(word);
+    if (!ll_is<true>(seen, e.n)) {
+        if (ll_wait_slow<true>(l, e.n, word, e.n, (int)r, HT_STAGE_SHAPE, NULL, NULL) != LL_CAME)
+            return false;
+        seen = ld_relaxed_sys_u64(word);
+    }
+    if (seen == want)
+        return true;
+    ht_fault_t f = {EPX_E_MISMATCH, HT_STAGE_SHAPE, (int)r, want, seen, 0};
+    ht_fail(l.c, e.n, f);
+    return false;
+}
+
+/* The whole block. False: stop. */
+static __device__ __noinline__ bool keep_counts(const ll_dispatch_t &p, const ll_entry_t &e)
+{
+    const ll_common_t &l = p.l;
+    ll_ids_t x = ids_at(p);
+    uint32_t ranks = (uint32_t)l.c.ranks;
+    bool good = true;
+    book_counts(p, x);
+    if (threadIdx.x < ranks) {
+        uint64_t *spoilt = &l.spoilt[e.slot * ranks + threadIdx.x];
+        if (e.from[threadIdx.x] != LL_NOBODY)
+            good = same_shape(p, e, threadIdx.x);
+        else if (*(volatile uint64_t *)spoilt == 0) /* nobody takes what it sends in this call */
+            *(volatile uint64_t *)spoilt = e.n;
+    }
+    if (!__syncthreads_and(good))
+        return false;
+    if (threadIdx.x == 0) /* told by the buffer's next kernel; this one's blocks are over then */
+        *(volatile uint64_t *)&l.taken[e.slot] = e.n;
+    return true;
+}
+
+/* ---- lists ---- */
+
+/* How many of the token's ranks are below this one: 64 ranks at a time. `ids`: the token's. */
+EPX__DEVICE int32_t ranks_below(const ll_common_t &l, const uint16_t *ids)
+{
+    int32_t place = 0;
+    for (int32_t base = 0; base < l.c.rank; base += 64) {
+        uint64_t below = 0;
+#pragma unroll 1
+        for (uint32_t k = 0; k < l.topk; k++) {
+            int32_t r = ids[k] == LL_NO_ID ? l.c.rank : epx__expert_rank(&l.map, ids[k]);
+            below |= r < l.c.rank && r >= base && r < base + 64 ? 1ull << (r - base) : 0;
+        }
+        place += __popcll(below);
+    }
+    return place;
+}
+
+/* Exclusive sums over the block, *total the whole. */
+EPX__DEVICE uint2 scan_block(uint2 n, uint2 *sums, uint2 *total)
+{
+    uint32_t lane = threadIdx.x % 32, w = threadIdx.x / 32;
+    uint2 up = n, before = make_uint2(0, 0), all = make_uint2(0, 0);
+    for (int d = 1; d < 32; d *= 2) {
+        uint32_t x = __shfl_up_sync(ALL_LANES, up.x, d), y = __shfl_up_sync(ALL_LANES, up.y, d);
+        up.x += lane >= (uint32_t)d ? x : 0;
+        up.y += lane >= (uint32_t)d ? y : 0;
+    }
+    if (lane == 31)
+        sums[w] = up;
+    __syncthreads();
+    for (uint32_t i = 0; i < LL_INBAND_WARPS; i++) {
+        uint2 s = sums[i];
+        before.x += i < w ? s.x : 0;
+        before.y += i < w ? s.y : 0;
+        all.x += s.x;
+        all.y += s.y;
+    }
+    __syncthreads();
+    *total = all;
+    return make_uint2(before.x + up.x - n.x, before.y + up.y - n.y);
+}
+
+/* The whole block: what combine returns. */
+static __device__ __noinline__ void keep_lists(const ll_dispatch_t &p)
+{
+    __shared__ uint2 sums[LL_INBAND_WARPS];
+    const ll_common_t &l = p.l;
+    ll_ids_t x = ids_at(p);
+    uint32_t ranks = (uint32_t)l.c.ranks, places = l.c.layout.ll.tokens_max, all = ranks * places;
+    uint2 listed = make_uint2(0, 0), total;
+    for (uint32_t base = 0; base < all; base += LL_INBAND_THREADS) {
+        uint32_t q = base + threadIdx.x;
+        ll_pair_t home = ll_pair_home(q < all ? q : 0, (uint32_t)l.c.rank, ranks, places);
+        uint32_t u = home.source * places + home.token, here = 0, bits = 0;
+        const uint16_t *ids = &x.ids[u * l.topk];
+#pragma unroll 4
+        for (uint32_t k = 0; q < all && k < l.topk; k++)
+            bits |= local_of(l, ids[k]) != LL_NONE ? 1u << k : 0;
+        here = home.source == (uint32_t)l.c.rank ? 0 : (uint32_t)__popc(bits);
+        uint2 at = scan_block(make_uint2(here, bits != 0), sums, &total);
+        at.x += listed.x;
+        at.y += listed.y;
+        for (uint32_t m = here ? bits : 0; m; m &= m - 1) {
+            uint32_t k = (uint32_t)__ffs((int)m) - 1, e = local_of(l, ids[k]);
+            l.r.list[at.x++] = ll_back_t{(int32_t)(l.ranked ? 0 : e * all + place_known(p, x, e, u)),
+                                         (int32_t)home.source, (int32_t)home.token, (int32_t)k};
+        }
+        if (bits)
+            l.r.rank_list[at.y] = ll_back_t{(int32_t)u, (int32_t)home.source, (int32_t)home.token, ranks_below(l, ids)};
+        listed.x += total.x;
+        listed.y += total.y;
+    }
+    if (threadIdx.x == 0) {
+        l.r.list_count[0] = listed.x;
+        l.r.list_count[1] = listed.y;
+    }
+}
+
+/* ---- places ---- */
+
+/* The whole block: every choice's row and weight. False: stop, in some thread. */
+static __device__ __noinline__ bool keep_places(const ll_dispatch_t &p, const ll_entry_t &entry)
+{
+    const ll_common_t &l = p.l;
+    ll_ids_t x = ids_at(p);
+    uint32_t places = l.c.layout.ll.tokens_max, all = (uint32_t)l.c.ranks * places;
+    for (uint32_t i = threadIdx.x; i < all * l.topk; i += LL_INBAND_THREADS) {
+        uint32_t e = local_of(l, x.ids[i]), u = i / l.topk, source = u / places;
+        uint32_t row = e == LL_NONE ? 0 : place_known(p, x, part_of(l, e), u);
+        l.r.pos[i] = e == LL_NONE ? -1 : (int32_t)(l.ranked ? row : e * all + row);
+        if (!p.topk_weights || e == LL_NONE)
+            continue;
+        const uint64_t *word = &ll_weights(l, l.c.window, entry.slot, (int)source)[i - source * places * l.topk];
+        uint64_t seen = ld_relaxed_sys_u64(word);
+        if (!ll_is<true>(seen, entry.n)) {
+            if (ll_wait_slow<true>(l, entry.n, word, entry.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL) != LL_CAME)
+                return false;
+            seen = ld_relaxed_sys_u64(word);
+        }
+        l.r.weights[i] = __uint_as_float((uint32_t)seen);
+    }
+    return true;
+}
+
+#endif

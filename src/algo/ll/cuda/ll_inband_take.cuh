@@ -1,0 +1,229 @@
+/*
+ * In-band dispatch, the receiving side: a warp takes one piece of 1024 elements of one row, writes it to the rows of
+ * all the token's experts here, and fills the places with the empty pattern again.
+ */
+#ifndef EPX_ALGO_LL_CUDA_LL_INBAND_TAKE_CUH
+#define EPX_ALGO_LL_CUDA_LL_INBAND_TAKE_CUH
+
+#include "algo/ll/cuda/ll_inband_index.cuh"
+#include "plan/format.h"
+
+/* A row under way: lane k < topk has choice k's local expert and row; `first`, the lanes whose row is written. */
+typedef struct ll_spread {
+    uint32_t e, row, first;
+} ll_spread_t;
+
+EPX__DEVICE ll_spread_t rows_of(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t u)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32;
+    ll_spread_t s = {LL_NONE, 0, 0};
+    s.e = lane < l.topk ? local_of(l, x.ids[u * l.topk + lane]) : LL_NONE;
+    uint32_t same = __match_any_sync(ALL_LANES, s.e);
+    s.first = __ballot_sync(ALL_LANES, s.e != LL_NONE && (uint32_t)__ffs((int)same) - 1 == lane);
+    if (l.ranked)
+        s.first &= 0u - s.first; /* once */
+    for (uint32_t m = s.first; m; m &= m - 1) {
+        int k = __ffs((int)m) - 1;
+        uint32_t part = part_of(l, __shfl_sync(ALL_LANES, s.e, k)), row = place_counted(p, x, part, u);
+        if ((int)lane == k)
+            s.row = row;
+    }
+    return s;
+}
+
+/* Scales of a piece, lane i % width the i-th, to every row: as many rows at once as the warp has room for. */
+EPX__DEVICE void put_scales(const ll_dispatch_t &p, const ll_spread_t &s, uint32_t value, uint32_t first_block,
+                            uint32_t blocks, uint32_t width)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, all = (uint32_t)l.c.ranks * l.c.layout.ll.tokens_max;
+    uint32_t block = first_block + lane % width;
+    for (uint32_t m = s.first; m;) {
+        int k = -1;
+        for (uint32_t group = 0; m && group < 32 / width; group++, m &= m - 1)
+            k = lane / width == group ? __ffs((int)m) - 1 : k;
+        uint32_t from = k < 0 ? 0 : (uint32_t)k;
+        size_t part = part_of(l, __shfl_sync(ALL_LANES, s.e, from)), row = __shfl_sync(ALL_LANES, s.row, from);
+        if (k >= 0 && block < blocks)
+            p.recv_scales[(part * blocks + block) * all + row] = value;
+    }
+}
+
+/* `scales`: lanes 0 and 1 have the piece's two words. */
+EPX__DEVICE void spread_scales(const ll_dispatch_t &p, const ll_spread_t &s, uint4 scales, uint32_t at)
+{
+    uint32_t lane = threadIdx.x % 32, hidden = p.l.hidden;
+    if (p.ue8m0) {
+        uint8_t four[4] = {
+            epx__ue8m0_of_f32_up(__uint_as_float(scales.x)), epx__ue8m0_of_f32_up(__uint_as_float(scales.y)),
+            epx__ue8m0_of_f32_up(__uint_as_float(scales.z)), epx__ue8m0_of_f32_up(__uint_as_float(scales.w))};
+        uint32_t packed = __shfl_sync(ALL_LANES, (uint32_t)epx__ue8m0_pack(four), lane % 2);
+        put_scales(p, s, packed, at / 512, hidden / 512, 2);
+        return;
+    }
+    uint32_t word = lane % 8 / 4, x = __shfl_sync(ALL_LANES, scales.x, word);
+    uint32_t y = __shfl_sync(ALL_LANES, scales.y, word), z = __shfl_sync(ALL_LANES, scales.z, word);
+    uint32_t w = __shfl_sync(ALL_LANES, scales.w, word);
+    uint32_t value = lane % 4 < 2 ? (lane % 4 ? y : x) : (lane % 4 == 2 ? z : w);
+    put_scales(p, s, value, at / 128, hidden / 128, 8);
+}
+
+/* What goes with a row: its token; rank-major, one lane a choice, local experts and weights. False: stop. */
+EPX__DEVICE bool put_side(const ll_dispatch_t &p, const ll_entry_t &e, const ll_spread_t &s, uint32_t source,
+                          uint32_t t)
+{
+    const ll_common_t &l = p.l;
+    uint32_t lane = threadIdx.x % 32, all = (uint32_t)l.c.ranks * l.c.layout.ll.tokens_max;
+    if (s.first >> lane & 1)
+        p.src_info[(size_t)part_of(l, s.e) * all + s.row] = (int32_t)t;
+    if (!l.ranked)
+        return true;
+    size_t row = __shfl_sync(ALL_LANES, s.row, __ffs((int)s.first) - 1);
+    if (lane >= l.topk)
+        return true;
+    if (p.recv_topk_idx)
+        p.recv_topk_idx[row * l.topk + lane] = s.e == LL_NONE ? -1 : (int32_t)s.e;
+    if (!p.recv_topk_weights)
+        return true;
+    uint64_t seen = 0;
+    if (s.e != LL_NONE) {
+        const uint64_t *word = &ll_weights(l, l.c.window, e.slot, (int)source)[t * l.topk + lane];
+        seen = ld_relaxed_sys_u64(word);
+        if (!ll_is<true>(seen, e.n)) {
+            if (ll_wait_slow<true>(l, e.n, word, e.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL) != LL_CAME)
+                return false;
+            seen = ld_relaxed_sys_u64(word);
+        }
+    }
+    p.recv_topk_weights[row * l.topk + lane] = __uint_as_float((uint32_t)seen);
+    return true;
+}
+
+/* A lane's words of one piece of a row: vectors 512 bytes apart, and (lanes 0 and 1, fp8) one of scales. */
+template <int vectors>
+struct ll_words_of {
+    char *at, *scales_at;
+    uint32_t have; /* bit j: vector j is part of the row */
+    bool has_scales;
+    uint4 v[vectors], scales;
+};
+
+template <bool fp8, int vectors>
+EPX__DEVICE void find_words(const ll_dispatch_t &p, const ll_entry_t &e, ll_pair_t from, uint32_t at,
+                            ll_words_of<vectors> *w)
+{
+    const ll_common_t &l = p.l;
+    const uint32_t element = fp8 ? 1 : 2;
+    uint32_t lane = threadIdx.x % 32, scale_word = at / LL_SEND_PIECE + lane;
+    char *wire = l.c.window + epx__ll_row_at(&l.c.layout.ll, e.slot, from.source, from.token);
+    w->at = wire + (size_t)at * element + lane * 16;
+    w->scales_at = wire + l.hidden + scale_word * 16;
+    w->has_scales = fp8 && lane < 2 && scale_word < ll_scale_words(l.hidden);
+    w->have = 0;
+#pragma unroll
+    for (int j = 0; j < vectors; j++)
+        w->have |= (uint32_t)j * 512 + lane * 16 < (l.hidden - at) * element ? 1u << j : 0;
+}
+
+/* All of them; or, once more, those that are not there yet. Whether any is still missing. */
+template <bool again, int vectors>
+EPX__DEVICE bool look_at_words(ll_words_of<vectors> *w)
+{
+    bool missing = false;
+#pragma unroll
+    for (int j = 0; j < vectors; j++) {
+        if (!again)
+            w->v[j] = make_uint4(0, 0, 0, 0);
+        if ((w->have >> j & 1) && (!again || ll_empty(w->v[j])))
+            w->v[j] = ld_relaxed_sys_16(w->at + j * 512);
+        missing = missing || ll_empty(w->v[j]);
+    }
+    if (!again)
+        w->scales = make_uint4(0, 0, 0, 0);
+    if (w->has_scales && (!again || ll_empty(w->scales)))
+        w->scales = ld_relaxed_sys_16(w->scales_at);
+    return missing || ll_empty(w->scales);
+}
+
+/* One warp: until all its words are there. False: stop, in all its lanes. */
+template <int vectors>
+EPX__DEVICE bool await_words(const ll_dispatch_t &p, const ll_entry_t &e, ll_pair_t from, ll_words_of<vectors> *w)
+{
+    const ll_common_t &l = p.l;
+    bool go_on = true;
+    if (e.from[from.source] == LL_FLAGS) { /* acquire: the words are there, and those of older calls are gone */
+        size_t flag = epx__ll_row_flag_at(&l.c.layout.ll, e.slot, from.source, from.token);
+        go_on = ll_wait_flag(l, e.n, (const uint64_t *)(l.c.window + flag), (int)from.source, HT_STAGE_ARRIVAL, NULL,
+                             NULL) == LL_CAME;
+    }
+    uint32_t start = 0, polls = 1;
+    bool missing = look_at_words<false>(w);
+    while (__all_sync(ALL_LANES, go_on)) {
+        if (!__any_sync(ALL_LANES, missing))
+            return true;
+        missing = look_at_words<true>(w);
+        if (++polls % 64 != 0 || !missing)
+            continue;
+        start = ll_patience(l, e.n, (int)from.source, NULL, start, polls);
+        go_on = start != 0;
+        missing = look_at_words<false>(w); /* all anew: nothing is kept in registers over a long wait */
+    }
+    return false;
+}
+
+/* One warp: one piece of one row, to all its places. False: stop, in all its lanes. */
+template <bool fp8>
+EPX__DEVICE bool take_piece(const ll_dispatch_t &p, const ll_entry_t &e, const ll_ids_t &x, ll_pair_t from,
+                            uint32_t piece)
+{
+    const ll_common_t &l = p.l;
+    const int vectors = LL_TAKE_PIECE / (fp8 ? 512 : 256);
+    const uint32_t element = fp8 ? 1 : 2;
+    uint32_t lane = threadIdx.x % 32, at = piece * LL_TAKE_PIECE;
+    size_t all = (size_t)l.c.ranks * l.c.layout.ll.tokens_max;
+    ll_spread_t s = rows_of(p, x, from.source * l.c.layout.ll.tokens_max + from.token);
+    ll_words_of<vectors> w;
+    if (s.first == 0)
+        return true;
+    find_words<fp8>(p, e, from, at, &w);
+    if (!await_words(p, e, from, &w))
+        return false;
+    for (uint32_t m = s.first; m; m &= m - 1) {
+        int k = __ffs((int)m) - 1;
+        size_t part = part_of(l, __shfl_sync(ALL_LANES, s.e, k)), row = __shfl_sync(ALL_LANES, s.row, k);
+        char *out = p.recv_x + ((part * all + row) * l.hidden + at) * element + lane * 16;
+#pragma unroll
+        for (int j = 0; j < vectors; j++)
+            if (w.have >> j & 1)
+                st_global_16(out + j * 512, w.v[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < vectors; j++) /* also where flags came: nobody relies on it there */
+        if (w.have >> j & 1)
+            ll_refill(w.at + j * 512);
+    if (fp8) {
+        if (w.has_scales)
+            ll_refill(w.scales_at);
+        spread_scales(p, s, w.scales, at);
+    }
+    bool good = piece != 0 || put_side(p, e, s, from.source, from.token);
+    return __all_sync(ALL_LANES, good) != 0;
+}
+
+template <bool fp8>
+static __device__ void take_rows(const ll_dispatch_t &p, const ll_entry_t &e, const ll_ids_t &x)
+{
+    const ll_common_t &l = p.l;
+    uint32_t pieces = (l.hidden + LL_TAKE_PIECE - 1) / LL_TAKE_PIECE, places = l.c.layout.ll.tokens_max;
+    uint32_t ranks = (uint32_t)l.c.ranks, first = blockIdx.x - p.recv_first;
+    uint32_t units = ll_dealt(ranks * places, first, p.recv_blocks) * pieces;
+    for (uint32_t unit = threadIdx.x / 32; unit < units; unit += LL_INBAND_WARPS) {
+        uint32_t index = unit / pieces;
+        ll_pair_t from = ll_pair_taken(first + index * p.recv_blocks, (uint32_t)l.c.rank, ranks, places);
+        if (!take_piece<fp8>(p, e, x, from, unit - index * pieces))
+            return;
+    }
+}
+
+#endif

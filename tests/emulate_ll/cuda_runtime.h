@@ -1,0 +1,2 @@
+/* What a kernel sees. See emulate.h. */
+#include "emulate.h"
