@@ -15,9 +15,17 @@ typedef struct own {
     epx_buffer_t *buffer;
     epx__export_t *exports; /* [ranks] */
     uint8_t *wanted;        /* [ranks] */
-    bool window_open;
+    epx__device_t *host;    /* of the rails window: host memory, also when the group's device is a GPU */
+    uint8_t *pinned;        /* [ranks of the domain] its window is pinned for the GPU here */
+    bool window_open, block_pinned;
+    uint64_t *tickets; /* of GPU producers */
     int notice_slot;
 } own_t;
+
+static bool on_gpu(const epx_group_t *group)
+{
+    return group->device->ops->backend != EPX_BACKEND_CPU;
+}
 
 static const char *address_of(const epx_group_t *group)
 {
@@ -42,7 +50,8 @@ epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
         return epx__fail(EPX_E_INVALID, "the network's name \"%.40s...\" is too long", spec);
     EPX__TRY(epx__net_open(spec, &config, &net));
     snprintf(group->net, sizeof group->net, "%s", spec);
-    snprintf(group->net_why, sizeof group->net_why, "%s", net->why);
+    snprintf(group->net_why, sizeof group->net_why, "%s%s", net->why,
+             on_gpu(group) ? "; rows pass through pinned host memory" : "");
     epx__net_close(net);
     return EPX_OK;
 }
@@ -69,6 +78,23 @@ static void on_notice(void *context, int from, const void *data, size_t bytes)
     buffer->x.ops->interrupt(&buffer->x);
 }
 
+/* A GPU's rails window is host memory as well, which kernels and the network both reach. */
+static epx_status_t choose_host(epx_group_t *group, own_t *own)
+{
+    uint64_t asked = 0;
+    if (!on_gpu(group)) {
+        own->host = group->device;
+        return EPX_OK;
+    }
+    EPX__TRY(epx__env_u64(EPX__ENV_CUDA_DOMAINS, 0, 1, 0, &asked));
+    if (!asked)
+        return epx__fail(EPX_E_UNSUPPORTED,
+                         "several domains work with the CPU backend so far; this group's is %s, for which they are "
+                         "written but have not been run: EPX_CUDA_DOMAINS=1 tries them",
+                         group->device->ops->name);
+    return epx__device_cpu.open(-1, &own->host);
+}
+
 static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
     epx_group_t *group = buffer->group;
@@ -76,14 +102,13 @@ static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     own->exports = epx__calloc((size_t)group->ranks, sizeof *own->exports);
     own->wanted = epx__calloc((size_t)group->ranks, 1);
     rails->member = epx__calloc((size_t)topology->per_domain, sizeof *rails->member);
-    if (!own->exports || !own->wanted || !rails->member)
+    own->pinned = epx__calloc((size_t)topology->per_domain, 1);
+    if (!own->exports || !own->wanted || !rails->member || !own->pinned)
         return epx__fail(EPX_E_NOMEM, "no memory for the rails of %d ranks", group->ranks);
-    if (group->device->ops->backend != EPX_BACKEND_CPU)
-        return epx__fail(EPX_E_UNSUPPORTED, "several domains work with the CPU backend so far; this group's is %s",
-                         group->device->ops->name);
+    EPX__TRY(choose_host(group, own));
     EPX__TRY(epx__rails_layout_make(topology, buffer->x.config.tokens_max, buffer->x.config.experts_max,
                                     buffer->x.config.reserve_bytes, &rails->layout));
-    EPX__TRY(epx__window_create(group->device, group->fdserver, rails->layout.total, &rails->window,
+    EPX__TRY(epx__window_create(own->host, group->fdserver, rails->layout.total, &rails->window,
                                 &own->exports[group->rank]));
     own->window_open = true;
     return EPX_OK;
@@ -98,8 +123,10 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
         int rank = epx__topology_rank(&group->topology, rails->domain, i);
         void *mapped = rails->window.base;
         if (rank != group->rank)
-            EPX__TRY(epx__window_import(group->device, &own->exports[rank], group->timeout_ms, &mapped));
+            EPX__TRY(epx__window_import(own->host, &own->exports[rank], group->timeout_ms, &mapped));
         rails->member[i] = mapped;
+        EPX__TRY(group->device->ops->host_pin(group->device, mapped, rails->layout.total));
+        own->pinned[i] = 1;
     }
     return EPX_OK;
 }
@@ -111,6 +138,10 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
     for (int d = 0; d < group->topology.domains; d++)
         own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
     uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
+    const uint32_t proxies = 1;
+    if (on_gpu(group)) /* as epx_channels_tickets counts them */
+        EPX__TRY(group->device->ops->words_alloc(group->device, proxies + (size_t)group->ranks * EPX__RAIL_CHANNELS,
+                                                 &own->tickets));
     epx__channels_config_t config = {
         .rank = group->rank,
         .ranks = group->ranks,
@@ -119,16 +150,21 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
         .address = address_of(group),
         .nic = epx__env_text(EPX__ENV_NIC),
         .channels = EPX__RAIL_CHANNELS,
-        .proxies = 1,
+        .proxies = proxies,
         .memories = &memory,
         .memory_count = 1,
+        .device_producers = own->tickets != NULL,
+        .tickets = own->tickets,
         .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
         .allgather = gather,
         .allgather_context = group,
-        .changed = on_change,
+        .changed = on_gpu(group) ? NULL : on_change, /* kernels poll */
         .changed_context = buffer,
     };
-    return epx__channels_create(&config, &rails->channels);
+    EPX__TRY(epx__channels_create(&config, &rails->channels));
+    EPX__TRY(group->device->ops->host_pin(group->device, rails->channels->block, rails->channels->layout.total));
+    own->block_pinned = true;
+    return EPX_OK;
 }
 
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
@@ -153,7 +189,7 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
         rails->index = group->topology.index_of[group->rank];
         rails->tokens_max = buffer->x.config.tokens_max;
         rails->experts_max = buffer->x.config.experts_max;
-        rails->help = sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
+        rails->help = !on_gpu(group) && sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
         status = open_window(buffer, rails, own);
     }
     EPX__TRY(epx__group_agree(group, status, "making the rails between domains"));
@@ -165,8 +201,9 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
         status = epx__bootstrap_on_notice(group->bootstrap, tag, on_notice, buffer, &own->notice_slot);
     buffer->x.notice_tag = tag;
     EPX__TRY(epx__group_agree(group, status, "connecting the rails"));
-    /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. */
-    status = epx_channels_barrier(rails->channels);
+    /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. What GPU
+     * threads push, only they may push: the exchange tries their channels itself when it is made. */
+    status = on_gpu(group) ? EPX_OK : epx_channels_barrier(rails->channels);
     return epx__group_agree(group, status, "trying the rails");
 }
 
@@ -179,17 +216,25 @@ void epx__buffer_rails_close(epx_buffer_t *buffer)
     own_t *own = rails->api;
     if (own->notice_slot >= 0)
         epx__bootstrap_off_notice(group->bootstrap, own->notice_slot);
+    if (own->block_pinned)
+        group->device->ops->host_unpin(group->device, rails->channels->block);
     epx__channels_destroy(rails->channels);
-    for (int i = 0; rails->member && own->exports && i < group->topology.per_domain; i++) {
+    group->device->ops->words_free(group->device, own->tickets);
+    for (int i = 0; rails->member && own->exports && own->pinned && i < group->topology.per_domain; i++) {
         int rank = epx__topology_rank(&group->topology, rails->domain, i);
+        if (own->pinned[i])
+            group->device->ops->host_unpin(group->device, rails->member[i]);
         if (rank != group->rank && rails->member[i])
-            epx__window_unimport(group->device, &own->exports[rank], rails->member[i]);
+            epx__window_unimport(own->host, &own->exports[rank], rails->member[i]);
     }
     if (own->window_open)
-        epx__window_destroy(group->device, group->fdserver, &rails->window, &own->exports[group->rank]);
+        epx__window_destroy(own->host, group->fdserver, &rails->window, &own->exports[group->rank]);
+    if (own->host && own->host != group->device)
+        own->host->ops->close(own->host);
     epx__free(rails->member);
     epx__free(own->exports);
     epx__free(own->wanted);
+    epx__free(own->pinned);
     epx__free(own);
     epx__free(rails);
     buffer->x.net = NULL;

@@ -27,7 +27,8 @@
     X(CHANNELS, "", "port channels to each peer; default: by docs/channels.md's rule")                                 \
     X(NIC, "", "network interface or device to use, by name; default: the nearest")                                    \
     X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                      \
-    X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")
+    X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")                                        \
+    X(CUDA_DOMAINS, "", "1: several domains of GPUs, which is written and compiled but was never run")
 
 typedef enum epx__env {
 #define EPX__ENV_ENUM(name, default_text, meaning) EPX__ENV_##name,
