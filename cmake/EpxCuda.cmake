@@ -4,6 +4,9 @@ set(EPX_CUDA_FOUND OFF)
 file(GLOB EPX_CUDA_SOURCES CONFIGURE_DEPENDS src/device/cuda/*.c src/device/cuda/*.cu src/algo/*/cuda/*.c
   src/algo/*/cuda/*.cu)
 
+# sm_80 is compiled, never run by us. The last one leaves PTX for what comes after it. For a quick build name only yours.
+set(EPX_CUDA_ARCHITECTURES "80-real;90-real;100" CACHE STRING "GPU architectures to compile for")
+
 function(epx_cuda_target target)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:C>:${EPX_WARNINGS}>
@@ -13,8 +16,7 @@ function(epx_cuda_target target)
     target_compile_options(${target} PRIVATE
       "$<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings;-Xcompiler=-Werror>")
   endif()
-  # sm_80 is compiled, never run by us. The last one leaves PTX for what comes after it.
-  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "80-real;90-real;100" CUDA_STANDARD 17
+  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${EPX_CUDA_ARCHITECTURES}" CUDA_STANDARD 17
     CUDA_RUNTIME_LIBRARY Static)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
 endfunction()
