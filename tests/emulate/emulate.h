@@ -87,6 +87,7 @@ int emu_launch_as(const void *kernel, uint32_t blocks, uint32_t threads, void **
 
 #define __syncthreads() ((void)emu_block(1, __FILE__, __LINE__))
 #define __syncthreads_and(v) (emu_block(!(v), __FILE__, __LINE__) == 0)
+#define __syncthreads_count(v) emu_block((v) ? 1 : 0, __FILE__, __LINE__)
 #define __syncwarp(...) ((void)emu_warp(0, __FILE__, __LINE__))
 #define __ballot_sync(m, v) emu_ballot(v, __FILE__, __LINE__)
 #define __any_sync(m, v) (emu_ballot(v, __FILE__, __LINE__) != 0)

@@ -112,30 +112,26 @@ EPX__DEVICE bool rail_send_block(const ht_rows_t &p, ht_block_t *b, uint32_t blo
 
 /* ---- pull ---- */
 
-/* Warp: ids as this rank numbers its experts, and weights, out of a record. */
+/* Warp: ids as this rank numbers its experts, and weights, out of a record. Rows are multiples of 16 bytes and side
+ * data of 4, so all are words. */
 EPX__DEVICE void record_ids(const ht_rows_t &p, const char *ids, uint64_t row)
 {
-    uint32_t k = threadIdx.x % 32, width = (uint32_t)p.bits / 8;
-    const volatile uint8_t *at = (const volatile uint8_t *)ids;
+    uint32_t k = threadIdx.x % 32, words = (uint32_t)p.bits / 32;
+    const uint32_t *at = (const uint32_t *)ids + (size_t)k * words;
     if (k >= p.topk)
         return;
-    uint64_t raw = 0;
-    for (uint32_t i = 0; i < width; i++)
-        raw |= (uint64_t)at[k * width + i] << (8 * i);
-    int64_t id = width == 4 ? (int64_t)(int32_t)(uint32_t)raw : (int64_t)raw;
+    uint32_t low = ld_relaxed_sys_u32(at), high = words == 2 ? ld_relaxed_sys_u32(at + 1) : 0, weight = 0;
+    if (p.row_shape.weights)
+        weight = ld_relaxed_sys_u32((const uint32_t *)ids + (size_t)p.topk * words + k);
+    int64_t id = words == 2 ? (int64_t)((uint64_t)high << 32 | low) : (int64_t)(int32_t)low;
     bool here = id >= 0 && id < (int64_t)p.map.experts && epx__expert_rank(&p.map, id) == p.c.rank;
     int32_t local = here ? epx__expert_local(&p.map, id) : -1;
-    if (p.place.topk_idx && width == 4)
+    if (p.place.topk_idx && words == 1)
         ((int32_t *)p.place.topk_idx)[row * p.topk + k] = local;
     else if (p.place.topk_idx)
         ((int64_t *)p.place.topk_idx)[row * p.topk + k] = local;
-    if (!p.row_shape.weights || !p.place.topk_weights)
-        return;
-    uint32_t weight = 0;
-    at += (size_t)p.topk * width;
-    for (uint32_t i = 0; i < 4; i++)
-        weight |= (uint32_t)at[k * 4 + i] << (8 * i);
-    p.place.topk_weights[row * p.topk + k] = here ? __uint_as_float(weight) : 0.0f;
+    if (p.row_shape.weights && p.place.topk_weights)
+        p.place.topk_weights[row * p.topk + k] = here ? __uint_as_float(weight) : 0.0f;
 }
 
 /* Warp: row j of source's, out of member m's ring to its final row. */
@@ -162,24 +158,41 @@ EPX__DEVICE uint32_t my_rows(const ht_rows_t &p, int source)
     return (uint32_t)p.h.matrix[(size_t)source * (uint32_t)p.c.ranks + (uint32_t)p.c.rank];
 }
 
-/* Block: as many of the hand's next rows as there are warps and have come. The rows done before are in hands[]. */
+/* Thread 0: where a hand is in stream (m, d): `from` rows done, and with go 1 (not through yet) `count` rows of the
+ * stream have come. */
 EPX__DEVICE rail_turn_t pull_turn(const ht_rows_t &p, uint64_t n, int m, int d, uint32_t hand, uint32_t hands)
 {
     const ht_rails_t &r = *p.c.rails;
-    int source = r.rank_of[d * r.members + m], s = m * r.domains + d;
-    uint32_t rows = my_rows(p, source), done = rail_count(r.hands[(size_t)s * HT_HANDS + hand], n);
-    rail_turn_t turn = {0, done, 0};
-    if (epx__rail_undone(hand, hands, done) >= rows)
-        return turn;
-    turn.go = 1;
-    uint32_t come = rail_count(ld_acquire_sys_u64(&rail_words(r, r.index, m, d)->arrived), n);
-    const int32_t *list = p.h.pull_row + (size_t)source * r.tokens_max;
-    for (; turn.count < blockDim.x / 32; turn.count++) {
-        uint32_t j = epx__rail_undone(hand, hands, done + turn.count);
-        if (j >= rows || (uint32_t)list[j] >= come)
-            break;
+    int s = m * r.domains + d;
+    rail_turn_t turn = {0, rail_count(r.hands[(size_t)s * HT_HANDS + hand], n), 0};
+    if (epx__rail_undone(hand, hands, turn.from) < my_rows(p, r.rank_of[d * r.members + m])) {
+        turn.go = 1;
+        turn.count = rail_count(ld_acquire_sys_u64(&rail_words(r, r.index, m, d)->arrived), n);
     }
     return turn;
+}
+
+/* Block: the hand's next rows, one a warp, as far as they have come. How many; with none, `turn` says whether any is
+ * left. */
+EPX__DEVICE uint32_t pull_some(const ht_rows_t &p, uint64_t n, int m, int d, uint32_t hand, uint32_t hands,
+                               rail_turn_t *turn)
+{
+    const ht_rails_t &r = *p.c.rails;
+    int source = r.rank_of[d * r.members + m];
+    __syncthreads(); /* `turn` has been read by all */
+    if (threadIdx.x == 0)
+        *turn = pull_turn(p, n, m, d, hand, hands);
+    __syncthreads();
+    uint32_t j = epx__rail_undone(hand, hands, turn->from + threadIdx.x / 32);
+    bool come = turn->go != 0 && j < my_rows(p, source) &&
+                (uint32_t)p.h.pull_row[(size_t)source * r.tokens_max + j] < turn->count;
+    if (come)
+        record_read(p, m, d, source, j);
+    /* Rows come in order, so the warps that had one are the first. All have read the ring before the keeper is told. */
+    uint32_t count = (uint32_t)__syncthreads_count(come) / 32;
+    if (threadIdx.x == 0 && count)
+        st_release_sys_u64(&r.hands[(size_t)(m * r.domains + d) * HT_HANDS + hand], rail_word(n, turn->from + count));
+    return count;
 }
 
 /* Block `hand` of `hands`: its rows of all streams. */
@@ -192,24 +205,12 @@ EPX__DEVICE bool rail_pull_block(const ht_rows_t &p, ht_block_t *b, uint32_t han
         bool left = false, moved = false;
         int waiting = p.c.rank;
         for (int s = 0; s < r.members * r.domains; s++) {
-            int m = (r.index + s / r.domains) % r.members, d = s % r.domains, stream = m * r.domains + d;
+            int m = (r.index + s / r.domains) % r.members, d = s % r.domains;
             if (d == r.home || my_rows(p, r.rank_of[d * r.members + m]) == 0)
                 continue;
-            __syncthreads(); /* `turn` has been read by all */
-            if (threadIdx.x == 0)
-                turn = pull_turn(p, b->n, m, d, hand, hands);
-            __syncthreads();
+            moved = pull_some(p, b->n, m, d, hand, hands, &turn) != 0 || moved;
             left = left || turn.go != 0;
             waiting = turn.go != 0 ? r.rank_of[r.home * r.members + m] : waiting;
-            if (turn.count == 0)
-                continue;
-            uint32_t warp = threadIdx.x / 32;
-            if (warp < turn.count)
-                record_read(p, m, d, r.rank_of[d * r.members + m], epx__rail_undone(hand, hands, turn.from + warp));
-            moved = true;
-            __syncthreads(); /* all have read the ring before the keeper is told */
-            if (threadIdx.x == 0)
-                st_release_sys_u64(&r.hands[(size_t)stream * HT_HANDS + hand], rail_word(b->n, turn.from + turn.count));
         }
         if (!left)
             return true;

@@ -24,6 +24,8 @@ EPX__DEVICE uint64_t ld_relaxed_sys_u64(const uint64_t *p)
 }
 EPX__DEVICE uint32_t ld_relaxed_sys_u32(const uint32_t *p)
 {
+    if ((uintptr_t)p % 4)
+        emu_die("a load of a word that is not aligned", __FILE__, __LINE__);
     return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 EPX__DEVICE void st_release_sys_u64(uint64_t *p, uint64_t v)
