@@ -1,13 +1,13 @@
 #!/bin/bash
 # Build libepx_cuda.so with emulated kernels, and tests of tests/gpu on it: build.sh BUILD_FOLDER OUT_FOLDER [CFLAGS]
-# BUILD_FOLDER: a build of this tree, for its libepx_internal.a, libepx_test_common.a and libepx_ofi.so.
+# EMU_BULK=0: the plain way of sm_80 instead of the bulk copy engine. BUILD_FOLDER: a build of this tree, for its libepx_internal.a, libepx_test_common.a and libepx_ofi.so.
 set -e
 source=$(cd "$(dirname "$0")/../.." && pwd)
 build=$(cd "$1" && pwd)
 mkdir -p "$2/lib" "$2/tests" "$2/src"
 out=$(cd "$2" && pwd)
 cd "$source"
-flags="-O1 -g -D_GNU_SOURCE -Itests/emulate -Iinclude -Isrc -Itests -fPIC ${3:-}"
+flags="-O1 -g -D_GNU_SOURCE -DEMU_BULK=${EMU_BULK:-1} -Itests/emulate -Iinclude -Isrc -Itests -fPIC ${3:-}"
 internal=$(find "$build" -name libepx_internal.a | head -1)
 common=$(find "$build" -name libepx_test_common.a | head -1)
 

@@ -15,7 +15,7 @@ static epx_status_t open_device(int ordinal, epx__device_t **device)
     const char *sms = getenv("EPX_EMULATE_SMS"), *shared = getenv("EPX_EMULATE_SHARED");
     d->base.ops = &epx__device_cuda;
     d->sms = sms ? atoi(sms) : 40;
-    d->major = 8;
+    d->major = EMU_BULK ? 9 : 8;
     d->shared_max = shared ? atoi(shared) : 16384; /* the less, the fewer warps a block */
     *device = &d->base;
     return EPX_OK;

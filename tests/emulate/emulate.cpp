@@ -27,8 +27,15 @@ struct warp {
     gate g;
     emu_warp_view in, out;
 };
+struct copy {
+    void *to;
+    const void *from;
+    uint32_t bytes;
+    uint64_t *bar;
+};
 struct block {
     gate g;
+    std::vector<copy> loads;
     std::map<std::pair<std::string, int>, std::vector<uint64_t>> variables;
     std::vector<char> dynamic;
 };
@@ -41,6 +48,7 @@ struct fiber {
     uint64_t waits_for = 0;
     uint32_t looks = 0;
     bool done = false;
+    std::vector<std::vector<copy>> stores; /* by group; the last one is open */
 };
 struct grid {
     void (*run)(void *);
@@ -89,6 +97,8 @@ void enter()
 {
     fiber *f = self;
     now->run(now->context);
+    emu_bulk_commit();
+    emu_bulk_wait(0);
     f->done = true;
     if (f->w->g.arrived && f->w->g.arrived == f->w->g.live - 1)
         open_warp(*f->w);
@@ -248,6 +258,79 @@ void emu_grid(uint32_t blocks, uint32_t threads, size_t shared_bytes, void (*run
         sched_yield();
     }
     now = nullptr;
+}
+
+/* ---- the bulk copy engine ---- */
+
+static void aligned(const void *global, const void *shared, uint32_t bytes)
+{
+    if (((uintptr_t)global | (uintptr_t)shared | bytes) % 16 || bytes == 0)
+        emu_die("a bulk copy that is not of whole, aligned 16 bytes", __FILE__, __LINE__);
+}
+
+static void settle(uint64_t *bar)
+{
+    if ((*bar & 2) && *bar >> 32 == 0)
+        *bar = (*bar & 1) ^ 1;
+}
+
+void emu_expect(uint64_t *bar, uint32_t bytes)
+{
+    if (*bar & 2)
+        emu_die("a stage is filled again before it was waited for", __FILE__, __LINE__);
+    *bar += 2 + ((uint64_t)bytes << 32);
+    settle(bar);
+}
+
+bool emu_try_wait(uint64_t *bar, uint32_t parity)
+{
+    std::vector<copy> &loads = self->b->loads;
+    for (size_t i = 0; i < loads.size();) {
+        if (loads[i].bar != bar) {
+            i++;
+            continue;
+        }
+        memcpy(loads[i].to, loads[i].from, loads[i].bytes);
+        *bar -= (uint64_t)loads[i].bytes << 32;
+        loads[i] = loads.back();
+        loads.pop_back();
+        settle(bar);
+    }
+    bool over = (*bar & 1) != parity;
+    if (!over)
+        emu_yield();
+    return over;
+}
+
+void emu_bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *bar)
+{
+    aligned(global, shared, bytes);
+    self->b->loads.push_back({shared, global, bytes, bar});
+}
+
+void emu_bulk_store(void *global, const void *shared, uint32_t bytes)
+{
+    aligned(global, shared, bytes);
+    if (self->stores.empty())
+        self->stores.emplace_back();
+    self->stores.back().push_back({global, shared, bytes, nullptr});
+}
+
+void emu_bulk_commit(void)
+{
+    if (self->stores.empty())
+        self->stores.emplace_back();
+    self->stores.emplace_back();
+}
+
+void emu_bulk_wait(size_t groups_left)
+{
+    std::vector<std::vector<copy>> &s = self->stores;
+    while (s.size() > groups_left + 1) { /* behind the closed ones is the open one */
+        for (const copy &c : s.front())
+            memcpy(c.to, c.from, c.bytes);
+        s.erase(s.begin());
+    }
 }
 
 /* ---- graphs: what was launched while this thread captured ---- */

@@ -4,7 +4,7 @@
  * that others write). A launch returns when the grid has ended. Ranks are threads, proxies are what they always are.
  *
  * What it shows: who waits for whom, indices, barriers that not all threads reach, alignment. What it does not: the
- * memory model, speed, the bulk copy engine.
+ * memory model, speed. The bulk copy engine is here as late as it may be, which shows waits that are missing.
  */
 #ifndef EPX_TEST_EMULATE_H
 #define EPX_TEST_EMULATE_H
@@ -48,6 +48,14 @@ void emu_look(void); /* yields now and then */
 void emu_grid(uint32_t blocks, uint32_t threads, size_t shared_bytes, void (*run)(void *), void *context);
 void *emu_shared(const char *file, int line, size_t bytes); /* this block's variable of that place; zeroed */
 char *emu_dynamic(void);
+
+/* The bulk copy engine. A barrier's word: parity of its phase, 2 when expect has come, bytes still to come << 32. */
+void emu_expect(uint64_t *bar, uint32_t bytes);
+bool emu_try_wait(uint64_t *bar, uint32_t parity);
+void emu_bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *bar);
+void emu_bulk_store(void *global, const void *shared, uint32_t bytes);
+void emu_bulk_commit(void);
+void emu_bulk_wait(size_t groups_left);
 
 /* Collectives: all living threads of the block (warp) come to the same place. Returns how many hold `value`. */
 uint32_t emu_block(uint32_t value, const char *file, int line);

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The kernels of src/algo/ht/cuda without a GPU: built with the host's compiler, run as fibers (emulate.h), and put through
 # tests of tests/gpu, inside a domain and between domains. run.sh BUILD_FOLDER [percent of the iterations]
-# It shows nothing about the memory model, speed, or the bulk copy engine: that takes a GPU.
+# It shows nothing about the memory model or speed: that takes a GPU.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 build=$(cd "$1" && pwd)

@@ -10,7 +10,7 @@
 #include "plan/format.h"
 
 #define EPX__DEVICE static inline
-#define EPX__BULK 0
+#define EPX__BULK EMU_BULK /* 1: as sm_90, 0: as sm_80 */
 
 EPX__DEVICE uint64_t ld_acquire_sys_u64(const uint64_t *p)
 {
@@ -103,39 +103,49 @@ EPX__DEVICE uint64_t globaltimer_ns(void)
 EPX__DEVICE void fence_proxy_async(void)
 {
 }
-EPX__DEVICE void mbarrier_init(uint64_t *)
+/* The engine is as late as it may be: a load happens when its barrier is looked at, a store when its thread waits. */
+EPX__DEVICE void mbarrier_init(uint64_t *bar)
 {
+    *bar = 0;
 }
 EPX__DEVICE void mbarrier_fence_init(void)
 {
 }
-EPX__DEVICE void mbarrier_expect_bytes(uint64_t *, uint32_t)
+EPX__DEVICE void mbarrier_expect_bytes(uint64_t *bar, uint32_t bytes)
 {
+    emu_expect(bar, bytes);
 }
-EPX__DEVICE bool mbarrier_try_wait(uint64_t *, uint32_t)
+EPX__DEVICE bool mbarrier_try_wait(uint64_t *bar, uint32_t parity)
 {
-    return true;
+    return emu_try_wait(bar, parity);
 }
-EPX__DEVICE void bulk_load(void *, const void *, uint32_t, uint64_t *)
+EPX__DEVICE void bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *bar)
 {
+    emu_bulk_load(shared, global, bytes, bar);
 }
-EPX__DEVICE void bulk_store(void *, const void *, uint32_t)
+EPX__DEVICE void bulk_store(void *global, const void *shared, uint32_t bytes)
 {
+    emu_bulk_store(global, shared, bytes);
 }
 EPX__DEVICE void bulk_commit(void)
 {
+    emu_bulk_commit();
 }
 EPX__DEVICE void bulk_wait_read_all(void)
 {
+    emu_bulk_wait(0);
 }
 EPX__DEVICE void bulk_wait_read_but_1(void)
 {
+    emu_bulk_wait(1);
 }
 EPX__DEVICE void bulk_wait_done(void)
 {
+    emu_bulk_wait(0);
 }
 EPX__DEVICE void bulk_wait_done_but_1(void)
 {
+    emu_bulk_wait(1);
 }
 EPX__DEVICE uint32_t bf16x2_of_f32(float low, float high)
 {
