@@ -77,4 +77,10 @@ else
 fi
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 printf '%s' "$table"
+# First figures, when all is right and there is time left: 2 domains of 1 rank.
+if [ $failed = 0 ] && [ $((SECONDS - begin)) -lt 170 ] && [ -e "$build/lib/libepx_ofi.so" ]; then
+    cmake --build "$build" -j "$(nproc)" >>"$logs/build.log" 2>&1 --target epx_command epx_bench_cuda &&
+        EPX_TIMEOUT_MS=8000 timeout -k 5 45 "$build/bin/epx" bench --backend cuda --ranks 2 --domains 2 --net ofi:tcp \
+            --op dispatch,dispatch_cached,combine --iters 5 --no-floor 2>&1 | tail -25
+fi
 exit $failed
