@@ -33,6 +33,6 @@ done
 g++ -shared ${3:-} -o "$out/lib/libepx_cuda.so" $objects "$out/src/emulate.o" "$internal" -lpthread -ldl -lm \
     -Wl,--exclude-libs,ALL -Wl,--version-script=src/plugin.map -Wl,-z,defs
 cp -f "$build"/lib/libepx_ofi.so "$out/lib/" 2>/dev/null || true
-for test in domains graph differential; do
+for test in domains graph differential stress; do
     gcc -std=gnu11 $flags -Wall -o "$out/tests/emulate_$test" tests/gpu/test_$test.c "$common" "$internal" -lpthread -ldl -lm
 done

@@ -99,7 +99,10 @@ static void body(xt_rank_t *self)
     epx_buffer_config_t config = config_of(self, x->world);
     self->delay_ns_max = 200000;
     self->delay_one_in = 20;
+    epx_group_info_t info = {.size = sizeof info};
     XT_CHECK(self, self->topology.domains == x->world->domains, "%d domains", self->topology.domains);
+    XT_CHECK(self, epx_group_get_info(self->group, &info) == EPX_OK && strstr(info.net_why, "pinned host memory"), "%s",
+             info.net_why);
     bool good = XT_OK(self, epx_buffer_create(self->group, &config, &buffer));
     for (uint32_t i = 0; good && i < x->iterations; i++)
         good = run_one(self, buffer, x, i);
