@@ -1,17 +1,22 @@
 /*
  * combine with several domains. Blocks, in this order, all resident:
  *
- *   stage   when x or weights lie outside of the leases: my rows for each (reader i, domain d) into a ring of my
- * reserve, one ring each; `staged` to the reader, credit is the reader's `read` rail    for each other domain d: my
- * domain's rows of each token of my rail's there, in rank order from +0, rounded once, and their weights' sums, into
- * the send ring; whole chunks are put owner   my tokens in batches: the domains' sums in domain order, the own domain's
- * in fp32 as it is, the others as they came; then the biases; one rounding keeper  one warp: credit for the sums of all
- * tokens before the first batch that is not done
+ * stage: when x or weights lie outside of the leases, my rows for each (reader i, domain d) into a ring of my reserve,
+ * one ring each; `staged` to the reader, credit is the reader's `read` (rail_lend.cuh).
+ *
+ * rail: for each other domain d, my domain's rows of each token of my rail's there, in rank order from +0, rounded
+ * once, and their weights' sums, into the send ring; whole chunks are put.
+ *
+ * owner: my tokens in batches: the domains' sums in domain order, the own domain's in fp32 as it is, the others as they
+ * came; then the biases; one rounding.
+ *
+ * keeper, one warp: credit for the sums of all tokens before the first batch that is not done.
  *
  * stage and rail blocks look at each of their streams in turn and never wait for one. Owner blocks take batches b, b +
- * B, ... in order and wait for what a batch needs; it is no larger than what the rings hold at once, and the first
- * batch that is not done waits for nothing behind it. While anybody stages, one block takes all batches, so that rows
- * of a stream are read in order and `read` is a count.
+ * B,
+ * ... in order and wait for what a batch needs; it is no larger than what the rings hold at once, and the first batch
+ * that is not done waits for nothing behind it. While anybody stages, one block takes all batches, so that rows of a
+ * stream are read in order and `read` is a count.
  *
  * Rows of x in a lease are read in place; my own always. x may be overwritten once every member has told the end of the
  * half.

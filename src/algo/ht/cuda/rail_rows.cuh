@@ -1,13 +1,15 @@
 /*
  * Rows between domains: blocks of their own in the kernel of rows.cu.
  *
- *   send    gathers a chunk of records into the send ring, puts it; looks at its rails in turn
- *   pull    copies my rows of each stream (member, domain) out of that member's receive ring to their final rows. Hand
- * b of B takes rows b, b + B, ... and says in `hands` how many it has done keeper  one warp: tells the domain what has
- * arrived, tells each member what I need no more, gives credit
+ * send: gathers a chunk of records into the send ring, puts it; looks at its rails in turn.
  *
- * A record is x, side, ids, weights, one after the other, rounded up to 16 bytes; ids are global.
- * A row is pulled by one warp. Nobody here waits for one thing while another could move: see docs/PROTOCOL-NET.md.
+ * pull: copies my rows of each stream (member, domain) out of that member's receive ring to their final rows. Hand b of
+ * B takes rows b, b + B, ... and says in `hands` how many it has done.
+ *
+ * keeper, one warp: tells the domain what has arrived, tells each member what I need no more, gives credit.
+ *
+ * A record is x, side, ids, weights, one after the other, rounded up to 16 bytes; ids are global. A row is pulled by
+ * one warp. Nobody here waits for one thing while another could move: see docs/PROTOCOL-NET.md.
  */
 #ifndef EPX_ALGO_HT_CUDA_RAIL_ROWS_CUH
 #define EPX_ALGO_HT_CUDA_RAIL_ROWS_CUH
