@@ -19,6 +19,7 @@ endif()
 # pip install . : the libraries go beside the package's modules, under plain names, since a wheel holds no links.
 if(SKBUILD)
   get_property(plugins GLOBAL PROPERTY EPX_PLUGINS)
+  list(FILTER plugins EXCLUDE REGEX "^epx_bench_") # of the command epx, which a wheel does not have
   add_custom_target(epx_wheel DEPENDS epx ${plugins})
   set_property(TARGET epx PROPERTY VERSION)
   set_property(TARGET epx PROPERTY SOVERSION)

@@ -23,6 +23,8 @@
  *     when its work is done.
  *   - Collective calls are made by all ranks of the group, in the same order on each buffer.
  *   - Threads: one call at a time per buffer; buffers and groups are independent of each other.
+ *   - A buffer, handle or lease that is no more (destroyed, released; its place taken again or not) is refused in
+ * words.
  *   - Rows a rank receives come in the order (source rank, token index), always.
  */
 #ifndef EPX_EPX_H

@@ -6,8 +6,11 @@ Giving back: a lease or a handle may die in any thread, at any moment, in the mi
 (the garbage collector runs where it likes). The C library takes one call at a time per buffer. So a death only
 appends to `pending`; whoever holds the lock, or can take it without waiting, gives the entries back.
 
-The end: close() destroys the C objects once no lease is alive. Until then tensors over the window stay readable.
-At interpreter exit everything is destroyed, so that peers hear a clean leave.
+What was made, or used, while a CUDA graph was being captured belongs to that graph: a replay writes there whenever it
+runs, which nobody here sees. Such places are never given back; they go with the buffer.
+
+The end: close() destroys the C objects once no lease is alive and no call is under way. Until then tensors over the
+window stay readable. At interpreter exit everything is destroyed, so that peers hear a clean leave.
 """
 import atexit
 import ctypes
@@ -19,7 +22,7 @@ from collections import deque
 from ctypes import byref, c_uint64, c_void_p
 
 from . import _abi, _dlpack
-from .errors import Broken, Error, InvalidArgument
+from .errors import Broken, InvalidArgument
 
 _cores = weakref.WeakSet()
 
@@ -47,8 +50,8 @@ class Core:
     # -- calls --
 
     def __enter__(self):
-        if not self.lock.acquire(timeout=-1):
-            raise Error("unreachable")
+        self.check_process()  # before the lock: a fork may have copied it locked, by a thread that is not in the child
+        self.lock.acquire()
         try:
             self.check_usable()
             self._give_back()
@@ -59,13 +62,16 @@ class Core:
 
     def __exit__(self, *_):
         self.lock.release()
-        if self.pending:
+        if self.pending or self.closing:
             self.drain()
 
     def check_usable(self):
-        """Raise unless calls can be made: not destroyed, and in the process that made it."""
+        """Raise Broken when destroyed."""
         if self.closing or not self.buffer:
             raise Broken("this epx buffer was destroyed")
+
+    def check_process(self):
+        """Raise InvalidArgument in another process than the one that made it."""
         if os.getpid() != self.pid:
             raise InvalidArgument("this epx buffer was made by process %d and does not work in its fork %d: make a "
                                   "buffer in the child" % (self.pid, os.getpid()))
@@ -77,9 +83,9 @@ class Core:
 
     # -- giving back --
 
-    def release(self, kind, value, stream):
-        """From anywhere, __del__ too: give a lease or a handle back, now or with the next call."""
-        self.pending.append((kind, value, stream))
+    def release(self, kind, value, stream, borrowed=None):
+        """From anywhere, __del__ too: give a lease or a handle back, now or with the next call. `borrowed` lives until then."""
+        self.pending.append((kind, value, stream, borrowed))
         self.drain()
 
     def drain(self):
@@ -102,10 +108,12 @@ class Core:
             self.pending.clear()
             return
         while self.pending:
-            kind, value, stream = self.pending.popleft()
+            kind, value, stream, _borrowed = self.pending.popleft()
             if kind == "lease":
                 self.leases -= 1
                 self.lib.epx_lease_release(self.buffer, value, stream)
+            elif kind == "captured_lease":
+                self.leases -= 1
             elif kind == "ll_handle":
                 self.lib.epx_ll_handle_release(value, stream)
             else:
@@ -134,10 +142,10 @@ class Core:
             self.check(self.lib.epx_lease(self.buffer, nbytes, stream, byref(number), byref(memory)))
             return self.own_lease(number.value, stream), memory.value
 
-    def own_lease(self, number, stream):
+    def own_lease(self, number, stream, captured=False):
         """The object whose death gives lease `number` back. With the lock held."""
         self.leases += 1
-        return Lease(self, number, stream)
+        return Lease(self, number, stream, captured)
 
     def allgather(self, data):
         """All-gather of equally long bytes over the group: a list of bytes, by rank."""
@@ -151,28 +159,34 @@ class Core:
 class Lease:
     """Holds one lease; tensors over it hold this."""
 
-    __slots__ = ("core", "number", "stream")
+    __slots__ = ("core", "number", "stream", "captured")
 
-    def __init__(self, core, number, stream):
-        self.core, self.number, self.stream = core, number, stream
+    def __init__(self, core, number, stream, captured=False):
+        self.core, self.number, self.stream, self.captured = core, number, stream, captured
 
     def __del__(self):
-        self.core.release("lease", self.number, self.stream)
+        self.core.release("captured_lease" if self.captured else "lease", self.number, self.stream)
 
 
 class CoreHandle:
-    """Holds one epx_handle_t (or epx_ll_handle_t): what a dispatch decided."""
+    """Holds one epx_handle_t (or epx_ll_handle_t): what a dispatch decided.
 
-    __slots__ = ("core", "pointer", "stream", "kind", "tokens", "topk", "experts", "worst", "event", "__weakref__")
+    rows       received, or worst
+    borrowed   what the C library may still write to: between the halves of a low-latency call a handle that is given back
+               first takes out what was sent, into the outputs that the call named
+    """
 
-    def __init__(self, core, pointer, stream, kind="handle"):
-        self.core, self.pointer, self.stream, self.kind = core, pointer, stream, kind
-        self.tokens = self.topk = self.experts = self.worst = 0
-        self.event = None
+    __slots__ = ("core", "pointer", "stream", "kind", "captured", "borrowed", "tokens", "topk", "experts", "worst", "rows",
+                 "idx_dtype", "event", "__weakref__")
+
+    def __init__(self, core, pointer, stream, kind="handle", captured=False):
+        self.core, self.pointer, self.stream, self.kind, self.captured = core, pointer, stream, kind, captured
+        self.tokens = self.topk = self.experts = self.worst = self.rows = 0
+        self.event = self.borrowed = self.idx_dtype = None
 
     def __del__(self):
-        if self.pointer and self.core.buffer:
-            self.core.release(self.kind, self.pointer, self.stream)
+        if self.pointer and self.core.buffer and not self.captured:
+            self.core.release(self.kind, self.pointer, self.stream, self.borrowed)
             self.pointer = None
 
 

@@ -10,21 +10,29 @@ class Turn:
     stream waits for it, or (async_finish) an event is returned. A synchronous call without `previous_event` runs on the
     current stream itself: a second one would only cost time. On CPU there is nothing to order.
 
+    Leases and handles go back in the order of the stream that was current at the call, wherever the call ran: that is where
+    their owner uses them, so what it enqueued there before it let go must come first. (The calls of a buffer are in order
+    among themselves.) torch's record_stream knows nothing of leases.
+
+    Ordinary tensors that a call on the communication stream fills belong to that stream when it waits for `previous_event`
+    alone: a block of the current stream may still be in use there by work that came after the event.
+
     core   another core of the same buffer
     """
 
     def __init__(self, buffer, previous_event, async_finish, allocate_on_comm_stream, inputs, core=None):
         if previous_event is not None and not hasattr(previous_event, "current_stream_wait"):
             refuse("previous_event: %s; it must be an EventOverlap" % type(previous_event).__name__)
-        self.previous = getattr(previous_event, "event", None)
+        self.previous = previous_event if isinstance(previous_event, EventHandle) else getattr(previous_event, "event", None)
         if allocate_on_comm_stream and not (previous_event is not None and async_finish):
             refuse("allocate_on_comm_stream: it needs previous_event and async_finish")
         self.buffer, self.core = buffer, core or buffer._core
-        self.asynchronous, self.on_comm = async_finish, allocate_on_comm_stream
+        self.asynchronous = async_finish
+        self.on_comm = allocate_on_comm_stream or self.previous is not None
         self.comm, self.device = buffer._comm_stream, buffer._device
         self.here = not async_finish and self.previous is None
         self.inputs, self.stream, self.owner_stream, self.current = inputs, None, None, None
-        self.event = None
+        self.event, self.captured, self.made = None, False, ()
 
     def __enter__(self):
         self.core.__enter__()
@@ -40,9 +48,7 @@ class Turn:
         import torch
         self.current = torch.cuda.current_stream(self.device)
         chosen = self.current if self.here else self.comm
-        self.stream = chosen.cuda_stream
-        # Leases and handles go back in the order of the stream whose owner drops them.
-        self.owner_stream = self.stream if self.on_comm else self.current.cuda_stream
+        self.stream, self.owner_stream = chosen.cuda_stream, self.current.cuda_stream
         if not self.here:
             if self.previous is not None:
                 if self.previous.event is not None:
@@ -50,20 +56,29 @@ class Turn:
             else:
                 self.comm.wait_stream(self.current)
         # Calls of one buffer come one after the other, whatever streams they are on.
+        self.captured = _capturing(chosen)
         last, self.buffer._last_stream = self.buffer._last_stream, chosen
-        if last is not None and last != chosen and _capturing(last) == _capturing(chosen):
+        if last is not None and last != chosen and _capturing(last) == self.captured:
             chosen.wait_stream(last)
 
     def allocate(self, make):
         """Call `make` with the stream current that the tensors shall belong to."""
-        if self.comm is None or not self.on_comm:
+        if self.comm is None or self.here or not self.on_comm:
             return make()
         import torch
         with torch.cuda.stream(self.comm):
             return make()
 
+    def packed(self, tensor):
+        """A packed copy of an input, made where the call runs."""
+        if self.comm is None or self.here:
+            return tensor.contiguous()
+        import torch
+        with torch.cuda.stream(self.comm):
+            return tensor.contiguous()
+
     def outputs(self, *tensors):
-        """What the call made: with an asynchronous end it is in use on both streams."""
+        """What the call made (of torch's memory): outside of the current stream it is in use on both."""
         self.made = tensors
 
     def __exit__(self, kind, _value, _trace):
@@ -77,22 +92,26 @@ class Turn:
         if self.comm is None:
             self.event = EventOverlap(EventHandle() if self.asynchronous else None)
             return
+        if self.here:
+            self.event = EventOverlap(None)
+            return
+        for tensor in tuple(self.made) + (self.inputs if self.asynchronous else ()):
+            if tensor is not None:
+                tensor.record_stream(self.comm)
+                if self.on_comm:
+                    tensor.record_stream(self.current)
         if self.asynchronous:
             self.event = EventOverlap(EventHandle(self.comm))
-            for tensor in self.inputs + tuple(self.made):
-                if tensor is not None:
-                    tensor.record_stream(self.comm)
-                    if self.on_comm:
-                        tensor.record_stream(self.current)
         else:
             self.event = EventOverlap(None)
-            if not self.here:
-                self.current.wait_stream(self.comm)
+            self.current.wait_stream(self.comm)
 
 
 def _capturing(stream):
     """Is a CUDA graph being captured on it? Waiting across that border is an error, and needs no order."""
     import torch
+    if torch.cuda.current_stream() == stream:
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()
 

@@ -5,7 +5,7 @@ from collections import namedtuple
 from . import _abi
 from ._abi import byref, c_void_p
 from ._core import CoreHandle, make_core
-from .errors import InvalidArgument, refuse
+from .errors import InvalidArgument, refuse, whole
 
 ArrayReceived = namedtuple("ArrayReceived", "x scales topk_idx topk_weights rows_per_expert handle")
 
@@ -74,7 +74,7 @@ class ArrayBuffer:
     unique_id   bytes from epx.unique_id(), with rank and ranks; or
     allgather   function(bytes) -> list of bytes by rank, with rank and ranks; or none of them: torchrun's, mpirun's or
                 srun's environment, else a group of one.
-    options     fields of epx_group_config_t (ranks_per_domain, threads, timeout_ms) and of epx_buffer_config_t
+    options     fields of epx_group_config_t (ranks_per_domain, net, threads, timeout_ms) and of epx_buffer_config_t
                 (lease_bytes, tokens_max, topk_max, experts_max, expert_rank, ...)
 
     Collective. Raises epx.Error subclasses.
@@ -89,16 +89,28 @@ class ArrayBuffer:
                 group[name] = options[name]
         names = {name for name, _ in _abi.BufferConfig._fields_[1:]}
         buffer = {name: value for name, value in options.items() if name in names}
-        unknown = set(options) - set(group) - set(buffer)
+        unknown = set(options) - set(group) - set(buffer) - {"net"}
         if unknown:
             refuse("%s: no such option" % sorted(unknown)[0])
+        for name, value in options.items():
+            if name not in ("net", "expert_rank"):
+                whole(name, value)
+        if options.get("net"):
+            group["net"] = options["net"].encode()
+        if buffer.get("expert_rank") is not None:
+            buffer["expert_rank"] = [whole("expert_rank[%d]" % e, one) for e, one in enumerate(buffer["expert_rank"])]
         self._core = make_core(rank, ranks, allgather, unique_id, group, buffer)
         self._finalizer = weakref.finalize(self, self._core.close)
         self.rank, self.ranks = self._core.rank, self._core.ranks
 
     def destroy(self):
-        """Leave. Arrays that are still alive stay readable."""
+        """Leave. Not collective, idempotent, ends in bounded time. Arrays that are still alive stay readable."""
         self._core.close()
+
+    def status(self):
+        """Raise what failed, if anything did (epx.Error subclasses)."""
+        with self._core as core:
+            core.check(core.lib.epx_buffer_status(core.buffer))
 
     def dispatch(self, x, topk_idx, num_experts, topk_weights=None, scales=None, expert_alignment=1):
         """Send each row of x to the ranks of its experts. Collective.
@@ -106,8 +118,11 @@ class ArrayBuffer:
         x [T,H] of any dtype (rows a multiple of 16 bytes), topk_idx int64 or int32 [T,k] (-1 is nobody),
         topk_weights float32 [T,k], scales [T,n] of any strides.
         Returns ArrayReceived(x, scales, topk_idx, topk_weights, rows_per_expert, handle); arrays that lie in the window as
-        long as the program keeps them.
+        long as the program keeps them. rows_per_expert: list of int, each rounded up to expert_alignment.
+        Raises InvalidArgument (nothing was done); BadData (ids out of range counted as -1); as Buffer.dispatch.
         """
+        num_experts = whole("num_experts", num_experts, 1)
+        expert_alignment = whole("expert_alignment", expert_alignment, 1)
         x = _rows_of("x", x)
         ids = _array("topk_idx", topk_idx, (x.shape[0], None), ("int64", "int32"))
         args = _abi.Dispatch(tokens=x.shape[0], topk_idx=ids.ctypes.data, topk_idx_bits=ids.itemsize * 8,
@@ -128,6 +143,9 @@ class ArrayBuffer:
                       None if topk_weights is None else ((counts.rows, ids.shape[1]), topk_weights.dtype)]
             got = self._receive(shapes, lambda place, out: core.lib.epx_dispatch_end(handle.pointer, place, None, out))
             per_expert = counts.rows_per_expert[:counts.local_experts]
+            status = core.lib.epx_buffer_status(core.buffer)
+            if status == _abi.E_DATA:
+                core.check(status)
         return ArrayReceived(got[0], got[1], got[2], got[3], per_expert, handle)
 
     def dispatch_again(self, x, handle, scales=None):
@@ -189,6 +207,8 @@ class ArrayBuffer:
         if scales is None:
             return None
         scales = _array("scales", scales, (x.shape[0], None), packed=False)
+        if 0 in scales.strides:  # broadcast; to the C library 0 is the default
+            scales = scales.copy()
         rows.side, rows.side_elem_bytes, rows.side_elems = scales.ctypes.data, scales.itemsize, scales.shape[1]
         rows.side_token_stride_bytes, rows.side_elem_stride_bytes = scales.strides
         return scales

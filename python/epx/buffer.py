@@ -1,4 +1,5 @@
 """Buffer: the deep_ep interface over the epx C library, for CPU and CUDA tensors."""
+import itertools
 import os
 import weakref
 
@@ -6,11 +7,14 @@ from . import _abi
 from ._abi import byref
 from ._core import make_core
 from .config import Config
-from .errors import refuse
+from .errors import refuse, whole
 from .event import EventHandle, EventOverlap
 from .lowlatency import LowLatency
 from .normal import Normal
 from .runtime import Runtime
+
+_numbers = itertools.count(1)
+_numbered = weakref.WeakValueDictionary()  # number -> Buffer, for the custom ops (ops.py)
 
 
 def _group_of(group, comm):
@@ -23,20 +27,26 @@ def _group_of(group, comm):
         import torch.distributed as dist
         rank, ranks = group.rank(), group.size()
         try:
-            device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+            backend = dist.get_backend(group)
         except Exception:  # a group that torch.distributed did not make
-            device = "cpu"
+            backend = "gloo"
+        device = _gather_device(backend)
 
         def gather(data):
             mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
             parts = [torch.empty_like(mine) for _ in range(ranks)]
             dist.all_gather(parts, mine, group=group)
-            return [bytes(part.cpu().tolist()) if len(data) < 4096 else bytes(part.cpu().untyped_storage())
-                    for part in parts]
+            return [bytes(part.cpu().tolist()) for part in parts]  # (numpy need not be there; it is a few KB)
         return rank, ranks, gather
     if not (hasattr(comm, "Get_rank") and hasattr(comm, "allgather")):
         refuse("comm: %s; it must be an mpi4py communicator" % type(comm).__name__)
     return comm.Get_rank(), comm.Get_size(), lambda data: comm.allgather(data)
+
+
+def _gather_device(backend):
+    """Whose tensors a process group of that backend gathers: "nccl" and "cuda:nccl" GPUs'; "gloo", "cpu:gloo,cuda:nccl" and
+    "undefined" (torch chose both) the CPU's, and what is not known as well."""
+    return "cuda" if "nccl" in backend and "cpu:" not in backend else "cpu"
 
 
 def _number_from_env(name):
@@ -79,10 +89,15 @@ class Buffer(Normal, LowLatency):
                  timeout_ms=0, lease_bytes=0, reserve_bytes=0, tokens_max=0, topk_max=0, experts_max=0, handles_max=0,
                  leases_max=0, expert_rank=None, ll_slots=0, unique_id=None, rank=0, ranks=0):
         import torch
-        for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes),
-                            ("num_qps_per_rank", num_qps_per_rank)):
-            if not isinstance(value, int) or value < 0:
-                refuse("%s: %r; it is a number from 0" % (name, value))
+        num_nvl_bytes, num_rdma_bytes = whole("num_nvl_bytes", num_nvl_bytes), whole("num_rdma_bytes", num_rdma_bytes)
+        whole("num_qps_per_rank", num_qps_per_rank)
+        given = dict(ranks_per_domain=ranks_per_domain, threads=threads, timeout_ms=timeout_ms, lease_bytes=lease_bytes,
+                     reserve_bytes=reserve_bytes, tokens_max=tokens_max, topk_max=topk_max, experts_max=experts_max,
+                     handles_max=handles_max, leases_max=leases_max, ll_slots=ll_slots)
+        for name, value in given.items():
+            whole(name, value)
+        if expert_rank is not None:
+            expert_rank = [whole("expert_rank[%d]" % e, one) for e, one in enumerate(expert_rank)]
         if group is not None and comm is not None:
             refuse("group and comm: give one of them")
         if backend not in (None, "cpu", "cuda", "auto"):
@@ -105,7 +120,7 @@ class Buffer(Normal, LowLatency):
         if wanted != _abi.BACKEND_CPU and os.environ.get("EPX_BACKEND", "auto") != "cpu" and torch.cuda.is_available():
             # Programs choose their GPU by torch.cuda.set_device.
             if _abi.library().epx_backend_usable(_abi.BACKEND_CUDA, byref(_abi.c_char_p())) == _abi.OK:
-                group_options["device"] = 1 + (torch.cuda.current_device() if device is None else int(device))
+                group_options["device"] = 1 + (torch.cuda.current_device() if device is None else whole("device", device))
         # The window: what the program asked for; a low-latency-only program asks for none.
         if not lease_bytes:
             lease_bytes = num_nvl_bytes or (64 << 20 if low_latency_mode else 0)
@@ -129,9 +144,16 @@ class Buffer(Normal, LowLatency):
         self._device = torch.device("cuda", core.device) if core.cuda else torch.device("cpu")
         self._comm_stream = torch.cuda.Stream(self._device, priority=-1) if core.cuda else None
         self._scratch = self._last_stream = None
+        self._expert_rank, self._window = expert_rank, lease_bytes
+        self._op_number = next(_numbers)
+        _numbered[self._op_number] = self
         self.runtime = Runtime(self)
-        self._ll_start(dict(timeout_ms=timeout_ms, topk_max=topk_max, experts_max=experts_max, expert_rank=expert_rank,
-                            ll_slots=ll_slots, ll_mask_on_timeout=int(enable_shrink)))
+        try:
+            self._ll_start(dict(timeout_ms=timeout_ms, topk_max=topk_max, experts_max=experts_max, expert_rank=expert_rank,
+                                ll_slots=ll_slots, ll_mask_on_timeout=int(bool(enable_shrink))))
+        except BaseException:
+            core.close()  # whoever catches this holds on to the half-made buffer
+            raise
 
     # -- life --
 
@@ -141,14 +163,20 @@ class Buffer(Normal, LowLatency):
         Received tensors that are still alive stay readable: the window then goes with the last of them.
         """
         self._scratch = None
+        self._ll_spare.clear()
         if self._ll_core is not None:
             self._ll_core.close()
         self._core.close()
 
+    def _cores(self):
+        """Of the normal calls, and of the low-latency calls once there were any."""
+        return [self._core] if self._ll_core is None else [self._core, self._ll_core]
+
     def status(self):
         """Raise what failed late, if anything did (epx.Error subclasses). Does not wait."""
-        with self._core as core:
-            core.check(core.lib.epx_buffer_status(core.buffer))
+        for core in self._cores():
+            with core:
+                core.check(core.lib.epx_buffer_status(core.buffer))
 
     def barrier(self):
         """All ranks have come here (on GPUs: in their current streams). Collective."""
@@ -158,18 +186,22 @@ class Buffer(Normal, LowLatency):
     def traffic(self):
         """Bytes this rank has moved: dict of local_bytes, domain_bytes, net_bytes, net_puts."""
         out = _abi.Traffic()
-        with self._core as core:
-            core.check(core.lib.epx_buffer_get_traffic(core.buffer, byref(out)))
-        return {name: getattr(out, name) for name, _ in _abi.Traffic._fields_[1:]}
+        total = {name: 0 for name, _ in _abi.Traffic._fields_[1:]}
+        for core in self._cores():
+            with core:
+                core.check(core.lib.epx_buffer_get_traffic(core.buffer, byref(out)))
+            for name in total:
+                total[name] += getattr(out, name)
+        return total
 
     # -- statics --
 
     @staticmethod
     def set_num_sms(new_num_sms):
         """SMs of later calls on GPUs, for all buffers; an even number."""
-        if int(new_num_sms) != new_num_sms or new_num_sms < 0 or new_num_sms % 2:
+        if whole("new_num_sms", new_num_sms) % 2:
             refuse("new_num_sms: %r; it must be an even number" % (new_num_sms,))
-        Buffer.num_sms = int(new_num_sms)
+        Buffer.num_sms = whole("new_num_sms", new_num_sms)
 
     @staticmethod
     def capture():
@@ -207,14 +239,15 @@ class Buffer(Normal, LowLatency):
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
         """Window memory as a tensor: dtype, shape `size` (default: flat, all of it), `offset` bytes in.
 
-        The piece is the same at every call and the program's own; peers do not write to it.
+        The piece (num_nvl_bytes or num_rdma_bytes, whichever is asked for first; at most 64 MiB) is the same at every call and
+        the program's own; peers do not write to it. Raises Busy when received tensors hold the window; InvalidArgument.
         """
         import torch
 
         from . import _tensor
         if self._scratch is None:
             want = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-            nbytes = min(want or 16 << 20, 64 << 20)
+            nbytes = min(want or 16 << 20, self._window or 16 << 20, 64 << 20)
             lease, address = self._core.lease(nbytes, self._current())
             self._scratch = _tensor.over(lease, address, (nbytes,), torch.uint8, self._device)
         if offset % dtype.itemsize or not 0 <= offset <= self._scratch.numel():
@@ -223,7 +256,7 @@ class Buffer(Normal, LowLatency):
         flat = self._scratch[offset:offset + room * dtype.itemsize].view(dtype)
         if size is None:
             return flat
-        count = torch.Size(size).numel()
+        count = torch.Size((size,) if isinstance(size, int) else size).numel()
         if count > room:
             refuse("size: %d elements; there are %d from that offset" % (count, room))
-        return flat[:count].view(torch.Size(size))
+        return flat[:count].view(size)

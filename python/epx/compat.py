@@ -1,6 +1,7 @@
 """install_as_deep_ep: let programs written for deep_ep import epx under that name."""
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 from .errors import Error
 
@@ -23,6 +24,8 @@ def install_as_deep_ep():
     def module(name, names):
         made = types.ModuleType(name, "epx under the name of deep_ep")
         made.__epx__ = True
+        made.__spec__ = ModuleSpec(name, None, is_package=name == "deep_ep")  # programs probe by importlib.util.find_spec
+        made.__package__ = "deep_ep" if name.startswith("deep_ep.") or name == "deep_ep" else ""
         for one in names:
             setattr(made, one, shared[one])
         sys.modules[name] = made

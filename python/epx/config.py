@@ -1,5 +1,5 @@
 """Config: the tuning object of the deep_ep interface."""
-from .errors import InvalidArgument
+from .errors import whole
 
 _TOKENS = 4096  # tokens of one dispatch that the size hints are made for
 _SIDE_BYTES = 512  # scales, ids and weights of a token, generously
@@ -19,9 +19,7 @@ class Config:
                  ("num_max_rdma_chunked_send_tokens", num_max_rdma_chunked_send_tokens),
                  ("num_max_rdma_chunked_recv_tokens", num_max_rdma_chunked_recv_tokens))
         for name, value in given:
-            if int(value) != value or value < 0:
-                raise InvalidArgument("%s: %r; it is a number from 0" % (name, value))
-            setattr(self, name, int(value))
+            setattr(self, name, whole(name, value))
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
         """Window bytes (int > 0) with room for two dispatches of 4096 tokens of `hidden_bytes` on every rank.

@@ -3,6 +3,7 @@
 Every class is an ``epx.Error`` (a RuntimeError). ``str(error)`` is the library's own words, ``error.status`` the
 number and ``error.name`` the code, "EPX_E_PEER" for instance.
 """
+import operator
 
 
 class Error(RuntimeError):
@@ -97,3 +98,14 @@ BY_STATUS = {c.status: c for c in (InvalidArgument, OutOfMemory, Busy, Timeout, 
 def refuse(words):
     """Raise InvalidArgument with ``words``."""
     raise InvalidArgument(words)
+
+
+def whole(name, value, least=0):
+    """`value` (an int, or what stands for one: numpy's, for instance) as an int of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise InvalidArgument("%s: %r; it is a number from %d" % (name, value, least))
+    return number

@@ -21,13 +21,16 @@ class EventHandle:
         cuda = _cuda()
         self.event = None
         if cuda is not None:
+            stream = stream if stream is not None else cuda.current_stream()
+            self.device = stream.device
             self.event = cuda.Event()
-            self.event.record(stream if stream is not None else cuda.current_stream())
+            self.event.record(stream)
 
     def current_stream_wait(self):
-        """Later work on the current stream comes after this event. The host does not wait."""
+        """Later work on the current stream (of the GPU where the event was recorded) comes after this event. The host
+        does not wait."""
         if self.event is not None:
-            _cuda().current_stream().wait_event(self.event)
+            _cuda().current_stream(self.device).wait_event(self.event)
 
 
 class EventOverlap:

@@ -50,6 +50,15 @@ class DispatchHandle(tuple):
     def __add__(self, other):
         return tuple(self) + other
 
+    def __radd__(self, other):
+        return other + tuple(self)
+
+    def index(self, value):
+        return next(i for i, member in enumerate(self) if member is value)
+
+    def count(self, value):
+        return sum(member is value for member in self)
+
     def __reduce__(self):
         raise InvalidArgument("handle: it belongs to this process and cannot be pickled")
 
@@ -86,8 +95,8 @@ def _tables(handle):
     with core:
         core.check(core.lib.epx_handle_get_tables(inner.pointer, byref(tables)))
         t, rows, slots, ranks = tables.tokens, tables.rows, tables.slots, core.ranks
-        matrix = torch.tensor(tables.rows_matrix[:ranks * ranks], dtype=torch.int64).view(ranks, ranks)
-        tokens_of = torch.tensor(tables.tokens_of[:ranks], dtype=torch.int64)
+        matrix = torch.tensor(tables.rows_matrix[:ranks * ranks], dtype=torch.int64, device="cpu").view(ranks, ranks)
+        tokens_of = tables.tokens_of[:ranks]
         # The C tables live as long as the handle; the tuple's members may live longer: copies.
         dst_rank = _tensor.copy_of(inner, tables.dst_rank, (t, slots), torch.int32, device).long()
         src_token = _tensor.copy_of(inner, tables.src_token, (rows,), torch.int32, device)
@@ -101,7 +110,7 @@ def _tables(handle):
 
     def channel_starts(tokens):
         """First token of each channel, and one past the last: int64 [c + 1]. Tokens go in equal consecutive blocks."""
-        return torch.clamp(torch.arange(c + 1) * ((tokens + c - 1) // c), max=tokens).to(device)
+        return torch.clamp(torch.arange(c + 1, device=device) * ((tokens + c - 1) // c), max=tokens)
 
     def prefix(flags):
         """flags [t, n] -> (inclusive counts at each channel's end i32 [n, c], place within the channel or -1 i32 [t, n])"""
@@ -122,7 +131,7 @@ def _tables(handle):
             n, begin = int(mine[source]), int(first[source])
             if n:
                 tokens = src_token[begin:begin + n].contiguous().long()
-                out[i] = torch.searchsorted(tokens, channel_starts(int(tokens_of[source]))[:c].contiguous())
+                out[i] = torch.searchsorted(tokens, channel_starts(tokens_of[source])[:c].contiguous())
         return out
 
     rank_prefix = torch.cumsum(matrix, 0).int().to(device)

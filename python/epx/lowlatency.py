@@ -11,7 +11,7 @@ from . import _abi
 from ._abi import byref, c_void_p
 from ._core import CoreHandle, sibling
 from ._turn import Turn, pointer
-from .errors import InvalidArgument, Unsupported, refuse
+from .errors import InvalidArgument, Unsupported, refuse, whole
 from .event import EventOverlap
 
 _hints = {}  # bytes -> (M, H, R, E) that get_low_latency_rdma_size_hint was asked
@@ -28,6 +28,12 @@ class LowLatencyHandle(tuple):
     def __reduce__(self):
         raise InvalidArgument("handle: it belongs to this process and cannot be pickled")
 
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, _memo):
+        return self
+
 
 def _present():
     if not _abi.library().has_ll:
@@ -43,9 +49,8 @@ class LowLatency:
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts):
         """Bytes (int > 0) of the low-latency window for that shape. It does not grow with the number of experts."""
-        m, h, r, e = (int(n) for n in (num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts))
-        if min(m, h, r, e) < 1:
-            refuse("num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts: each from 1")
+        m, h = whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1), whole("hidden", hidden, 1)
+        r, e = whole("num_ranks", num_ranks, 1), whole("num_experts", num_experts, 1)
         size, lib = 0, _abi.library()
         if lib.has_ll:
             plan = _abi.LlPlan(ranks=r, tokens_max=m, hidden=h, topk=16, experts=e, slots=2)
@@ -57,8 +62,8 @@ class LowLatency:
 
     def _ll_start(self, options):
         """At the Buffer's start: make the window now if all ranks know its shape."""
-        self._ll_options, self._ll_shape, self._ll_masks, self._ll_turn = options, (0, 0, 0, 0), {}, 0
-        self._ll_spare = {}
+        self._ll_options, self._ll_shape, self._ll_masks = options, (0, 0, 0, 0), {}
+        self._ll_spare = {}  # shape -> [tensor, weak reference to the handle that uses it]
         if not (self.low_latency_mode and _abi.library().has_ll):
             return
         shape = _hints.get(self.num_rdma_bytes, (0, 0, 0, 0))
@@ -79,6 +84,7 @@ class LowLatency:
                            topk_max=shape[3])
             self._ll_core = core = sibling(self._core, options)
             self._ll_shape = shape
+            self._ll_spare.clear()
             weakref.finalize(self, core.close)
             for rank, mask in self._ll_masks.items():
                 with core:
@@ -103,24 +109,27 @@ class LowLatency:
         Returns    recv_x [L,R*M,H] bf16, or (e4m3, scales fp32 [L,R*M,H/128] or int32 [L,R*M,H/512], the row fastest),
                    recv_count int32 [L], handle, event, hook. With return_recv_hook rows arrive when hook() is called;
                    else hook is None. Rows past the counts are not written.
-        Raises     InvalidArgument, Busy (every slot owned by a handle not yet combined), Unsupported, Timeout, PeerFailure
+        Raises     InvalidArgument, Busy (every slot owned by a handle not yet combined), Unsupported, Timeout, PeerFailure,
+                   BadData (ids out of range counted as -1; told late on a GPU)
         """
         import torch
 
         from . import _tensor
         _present()
-        device, m, e, r = self._device, int(num_max_dispatch_tokens_per_rank), int(num_experts), self.group_size
+        device, r = self._device, self.group_size
+        m = whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
+        e = whole("num_experts", num_experts, 1)
         _tensor.check("x", x, device, dims=(2,), dtypes=(torch.bfloat16,))
         tokens, hidden = x.shape
         _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, None))
-        if not 0 < m or tokens > m:
+        if tokens > m:
             refuse("num_max_dispatch_tokens_per_rank: %d; x has %d tokens" % (m, tokens))
-        if e < 1 or e % r:
+        if self._expert_rank is None and e % r:
             refuse("num_experts: %d; it must be a multiple of the %d ranks" % (e, r))
         self._ll_exclusive(async_finish, return_recv_hook)
         if use_fp8 and hidden % (512 if use_ue8m0 else 128):
             refuse("x: hidden %d; fp8 needs a multiple of %d" % (hidden, 512 if use_ue8m0 else 128))
-        local = e // r
+        local = len(self._local_experts(e))
         for name, stats, dtype, n in (("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats,
                                        torch.int32, local),
                                       ("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, torch.int64, r)):
@@ -153,13 +162,16 @@ class LowLatency:
                 call = core.lib.epx_ll_dispatch_send
             core.check(call(core.buffer, byref(args), turn.stream, byref(made)))
             inner = CoreHandle(core, made.value, turn.owner_stream, "ll_handle")
-            inner.tokens, inner.topk, inner.experts = tokens, topk_idx.shape[1], e
+            inner.tokens, inner.topk, inner.experts, inner.idx_dtype = tokens, topk_idx.shape[1], e, topk_idx.dtype
             turn.outputs(recv_x, scales, count, src_info, layout)
+            keep = inputs + (recv_x, scales, count, src_info, layout, args)
+            if return_recv_hook:
+                inner.borrowed = keep
+            self._tell_bad_data(core)
         handle = LowLatencyHandle(inner, (src_info[:, :r * m], layout, m, hidden, e))
-        keep = inputs + (recv_x, scales, count, src_info, layout, args)
         hook = None
         if return_recv_hook:
-            hook = self._ll_hook(core, inner, core.lib.epx_ll_dispatch_recv, turn.stream, keep)
+            hook = self._ll_hook(core, inner, core.lib.epx_ll_dispatch_recv, turn.stream)
         event = EventOverlap(turn.event.event, keep) if async_finish else turn.event
         recv_x = recv_x[:, :r * m]
         received = recv_x if scales is None else (recv_x, scales.transpose(1, 2)[:, :r * m])
@@ -185,15 +197,12 @@ class LowLatency:
         if not isinstance(handle, LowLatencyHandle):
             refuse("handle: %s; it must be what low_latency_dispatch() returned (its members alone do not do)" %
                    type(handle).__name__)
-        inner, (_, _, m, hidden, e) = handle.core, handle
+        inner, (src_info, _, m, hidden, _) = handle.core, handle
         core = inner.core
-        if core is not self._ll_core:
-            refuse("handle: it was made by another buffer's dispatch, or before this buffer grew for a larger shape")
-        if inner.pointer is None:
-            refuse("handle: it has been combined")
+        self._ll_mine(handle)
         self._ll_exclusive(async_finish, return_recv_hook)
-        tokens, local = inner.tokens, e // r
-        _tensor.check("topk_idx", topk_idx, device, dtypes=(torch.int64, torch.int32), shape=(tokens, inner.topk))
+        tokens, local = inner.tokens, src_info.shape[0]
+        _tensor.check("topk_idx", topk_idx, device, dtypes=(inner.idx_dtype,), shape=(tokens, inner.topk))
         _tensor.check("topk_weights", topk_weights, device, dtypes=(torch.float32,), shape=(tokens, inner.topk))
         if zero_copy:
             if handle.combine_x is None:
@@ -215,43 +224,60 @@ class LowLatency:
                                   out=pointer(out), wait_ns=pointer(combine_wait_recv_cost_stats))
             call = core.lib.epx_ll_combine_send if return_recv_hook else core.lib.epx_ll_combine
             core.check(call(inner.pointer, byref(args), turn.stream))
-            if not return_recv_hook:
+            keep, hook = inputs + (out, args), None
+            if return_recv_hook:
+                inner.borrowed = keep
+            else:
                 inner.pointer = None  # the C handle is free again, and soon another dispatch's
             turn.outputs(out)
-        keep, hook = inputs + (out, args, handle), None
         if return_recv_hook:
-            hook = self._ll_hook(core, inner, core.lib.epx_ll_combine_recv, turn.stream, keep, last=True)
+            hook = self._ll_hook(core, inner, core.lib.epx_ll_combine_recv, turn.stream, last=True)
         event = EventOverlap(turn.event.event, keep) if async_finish else turn.event
         return out, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):
-        """bf16 [L,R*M,H]: write the experts' outputs there, then combine with zero_copy. Reused two handles later."""
+        """bf16 [L,R*M,H]: write the experts' outputs there, then combine with zero_copy.
+
+        The handle's own until it is combined or gone; then another handle's. Strided where the window serves a larger M.
+        """
         import torch
         _present()
         if not isinstance(handle, LowLatencyHandle):
             refuse("handle: %s; it must be what low_latency_dispatch() returned" % type(handle).__name__)
+        self._ll_mine(handle)
         if handle.combine_x is None:
-            shape = (handle[4] // self.group_size, self.group_size * self._ll_shape[0], handle[3])
+            shape = (handle[0].shape[0], self.group_size * self._ll_shape[0], handle[3])
             spare = self._ll_spare.setdefault(shape, [])
-            slots = max(2, self._ll_options["ll_slots"])
-            if len(spare) < slots:
-                spare.append(torch.zeros(shape, dtype=torch.bfloat16, device=self._device))
-            self._ll_turn += 1
-            handle.combine_x = spare[self._ll_turn % len(spare)]
+            for place in spare:
+                user = place[1]()
+                if user is None or user.pointer is None:
+                    break
+            else:
+                place = [torch.zeros(shape, dtype=torch.bfloat16, device=self._device), None]
+                spare.append(place)
+            place[1] = weakref.ref(handle.core)
+            handle.combine_x = place[0]
         return handle.combine_x[:, :self.group_size * handle[2]]
 
     # -- masks --
 
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
-        """From now on that rank is neither sent to nor waited for (mask), or is again. Local to this rank."""
-        if not 0 <= rank_to_mask < self.group_size:
+        """From now on that rank is neither sent to nor waited for (mask), or is again. Local to this rank.
+
+        Raises InvalidArgument: no such rank, or this rank itself.
+        """
+        if whole("rank_to_mask", rank_to_mask) >= self.group_size:
             refuse("rank_to_mask: %r; there are %d ranks" % (rank_to_mask, self.group_size))
         _present()
-        self._ll_masks[rank_to_mask] = int(bool(mask))
+        if rank_to_mask == self.rank:
+            if mask:
+                refuse("rank_to_mask: %d; that is this rank itself" % rank_to_mask)
+            return
         core = self._ll_core
         if core is not None:
             with core:
                 core.check(core.lib.epx_ll_mask_set(core.buffer, rank_to_mask, int(bool(mask)), self._current()))
+        self._ll_masks[rank_to_mask] = int(bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status):
         """Write int32 [R] to `mask_status`: 1 is masked."""
@@ -265,7 +291,7 @@ class LowLatency:
         if core is not None:
             with core:
                 core.check(core.lib.epx_ll_mask_get(core.buffer, masks))
-        mask_status.copy_(torch.tensor(list(masks), dtype=torch.int32))
+        mask_status.copy_(torch.tensor(list(masks), dtype=torch.int32, device="cpu"))
 
     def low_latency_clean_mask_buffer(self):
         """No rank is masked."""
@@ -277,6 +303,12 @@ class LowLatency:
                 core.check(core.lib.epx_ll_mask_clear(core.buffer, self._current()))
 
     # -- small things --
+
+    def _ll_mine(self, handle):
+        if handle.core.core is not self._ll_core:
+            refuse("handle: it was made by another buffer's dispatch, or before this buffer grew for a larger shape")
+        if handle.core.pointer is None:
+            refuse("handle: it has been combined")
 
     @staticmethod
     def _ll_exclusive(async_finish, return_recv_hook):
@@ -295,14 +327,15 @@ class LowLatency:
         return whole
 
     @staticmethod
-    def _ll_hook(core, inner, call, stream, keep, last=False):
-        """The deferred receive: a function to be called once; `keep` is what the C library has borrowed."""
-        todo = [keep]
+    def _ll_hook(core, inner, call, stream, last=False):
+        """The deferred receive: a function that does its work once."""
+        todo = [True]
 
         def hook():
             if todo:
                 with core:
                     core.check(call(inner.pointer, stream))
+                    inner.borrowed = None
                     if last:
                         inner.pointer = None
                 todo.clear()

@@ -1,9 +1,11 @@
 """The normal-mode calls of Buffer: layout, dispatch, combine."""
+from array import array
+
 from . import _abi
 from ._abi import byref, c_void_p
 from ._core import CoreHandle
 from ._turn import Turn, pointer as _pointer
-from .errors import refuse
+from .errors import refuse, whole
 from .handle import DispatchHandle, check_handle
 
 
@@ -19,13 +21,14 @@ class Normal:
         topk_idx  int64 (or int32) [T,k], -1 is nobody
         Returns   num_tokens_per_rank i32[R], num_tokens_per_rdma_rank i32[D] or None in one domain,
                   num_tokens_per_expert i32[E], is_token_in_rank bool[T,R], event
-        Raises    InvalidArgument
+        Raises    InvalidArgument; BadData (ids out of range counted as -1; told late on a GPU)
         """
         import torch
 
         from . import _tensor
         core, device = self._core, self._device
         _tensor.check("topk_idx", topk_idx, device, dims=(2,), dtypes=(torch.int64, torch.int32))
+        num_experts = whole("num_experts", num_experts, 1)
         tokens, topk = topk_idx.shape
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (topk_idx,)) as turn:
             per_rank, per_expert, in_rank, per_domain = turn.allocate(lambda: (
@@ -39,6 +42,7 @@ class Normal:
                                in_rank=_pointer(in_rank))
             core.check(core.lib.epx_layout(core.buffer, byref(args), turn.stream))
             turn.outputs(per_rank, per_expert, in_rank, per_domain)
+            self._tell_bad_data(core)
         return per_rank, per_domain, per_expert, in_rank, turn.event
 
     # -- dispatch --
@@ -52,7 +56,7 @@ class Normal:
                       any dtype and strides (fp32 [T,H/128] with e4m3 rows, say)
         handle        of an earlier dispatch: the same routing, no ids or weights travel, no host wait
         topk_idx      int64 (or int32) [T,k], -1 is nobody; topk_weights fp32 [T,k]
-        is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+        is_token_in_rank, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert
                       from get_dispatch_layout; with topk_idx only num_tokens_per_expert's length (E) is used
         num_worst_tokens  > 0: so many rows come back, the list is empty, the tail's ids are -1, no host wait
         Returns       recv_x [rows,H] (or (recv_x, recv_scales)) in the order (source rank, token index),
@@ -66,7 +70,8 @@ class Normal:
 
         from . import _tensor
         core, device = self._core, self._device
-        config = self._config(config, "dispatch")
+        if handle is None or config is not None:  # a cached dispatch needs none
+            config = self._config(config, "dispatch")
         x, scales = _split(x, self._device)
         if handle is not None:
             inner = check_handle(handle, core)
@@ -92,13 +97,15 @@ class Normal:
                 refuse("topk_idx or is_token_in_rank: one of them is needed without a handle")
         if is_token_in_rank is not None:
             _tensor.check("is_token_in_rank", is_token_in_rank, device, dtypes=(torch.bool,), shape=(tokens, core.ranks))
-        if num_worst_tokens < 0 or expert_alignment < 1:
-            refuse("num_worst_tokens: from 0, expert_alignment: from 1; they are %r and %r" %
-                   (num_worst_tokens, expert_alignment))
+        for name, one, n in (("num_tokens_per_rank", num_tokens_per_rank, core.ranks),
+                             ("num_tokens_per_rdma_rank", num_tokens_per_rdma_rank, core.domains)):
+            if one is not None and (n > 1 or name == "num_tokens_per_rank"):
+                _tensor.check(name, one, device, dtypes=(torch.int32,), shape=(n,))
+        num_worst_tokens = whole("num_worst_tokens", num_worst_tokens)
+        expert_alignment = whole("expert_alignment", expert_alignment, 1)
 
         args = _abi.Dispatch(tokens=tokens, experts=num_tokens_per_expert.numel(), expert_alignment=expert_alignment,
                              recv_tokens_max=num_worst_tokens, sms=config.num_sms if core.cuda else 0)
-        _fill_rows(args.rows, x, scales)
         if topk_idx is not None:
             args.topk_idx, args.topk_idx_bits, args.topk = _pointer(topk_idx), topk_idx.element_size() * 8, topk
             args.topk_weights = _pointer(topk_weights)
@@ -106,27 +113,28 @@ class Normal:
             args.in_rank = _pointer(is_token_in_rank)
         totals = None
         if topk_idx is None and not num_worst_tokens:
-            totals = self._expert_totals(num_tokens_per_expert, expert_alignment)
+            if self._expert_rank is not None and len(self._expert_rank) != args.experts:
+                refuse("num_tokens_per_expert: %d experts; the buffer's expert_rank maps %d" %
+                       (args.experts, len(self._expert_rank)))
+            totals = self._expert_totals(num_tokens_per_expert, expert_alignment, previous_event)
 
         inputs = (x, scales, topk_idx, topk_weights, is_token_in_rank)
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, inputs) as turn:
-            pointer = c_void_p()
+            pointer, scales = c_void_p(), _fill_rows(args.rows, x, scales, turn)
             core.check(core.lib.epx_dispatch_begin(core.buffer, byref(args), turn.stream, byref(pointer)))
-            inner = CoreHandle(core, pointer.value, turn.owner_stream)
+            inner = CoreHandle(core, pointer.value, turn.owner_stream, captured=turn.captured)
             inner.tokens, inner.topk, inner.experts, inner.worst = tokens, topk, args.experts, num_worst_tokens
-            rows, per_expert = num_worst_tokens, []
+            inner.rows, rows, per_expert = num_worst_tokens, num_worst_tokens, []
             if not num_worst_tokens:
                 counts = _abi.Counts()
                 core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
-                rows = counts.rows
+                inner.rows = rows = counts.rows
                 per_expert = totals if totals is not None else counts.rows_per_expert[:counts.local_experts]
             ids = topk_idx.dtype if topk_idx is not None else None
-            recv = self._receive(turn, inner, rows, x, scales, ids, topk, topk_weights is not None,
+            recv = self._receive(turn, rows, x, scales, ids, topk, topk_weights is not None,
                                  lambda place, got: core.lib.epx_dispatch_end(inner.pointer, place, turn.stream, got))
-            turn.outputs(*recv)
+            self._tell_bad_data(core)
         inner.event = turn.event.event
-        if not core.cuda:
-            self._tell_bad_data()
         recv_x, recv_scales, recv_idx, recv_weights = recv
         out = DispatchHandle(inner, config.num_sms // 2, device, is_token_in_rank)
         return (recv_x if scales is None else (recv_x, recv_scales), recv_idx, recv_weights, per_expert, out, turn.event)
@@ -142,19 +150,14 @@ class Normal:
     def _again(self, x, scales, inner, previous_event, async_finish, allocate_on_comm_stream):
         core = self._core
         rows = _abi.Rows()
-        _fill_rows(rows, x, scales)
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (x, scales)) as turn:
-            count = inner.worst
-            if not count:
-                counts = _abi.Counts()
-                core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
-                count = counts.rows
-            recv = self._receive(turn, inner, count, x, scales, None, 0, False, lambda place, got:
+            scales = _fill_rows(rows, x, scales, turn)
+            inner.captured |= turn.captured
+            recv = self._receive(turn, inner.rows, x, scales, None, 0, False, lambda place, got:
                                  core.lib.epx_dispatch_again(inner.pointer, byref(rows), place, turn.stream, got))
-            turn.outputs(*recv)
         return (recv[0] if scales is None else tuple(recv[:2]), None, None, None, None, turn.event)
 
-    def _receive(self, turn, inner, rows, x, scales, ids, topk, weights, call):
+    def _receive(self, turn, rows, x, scales, ids, topk, weights, call):
         """Rows into a lease, or, where the window has no room, into ordinary tensors."""
         import torch
 
@@ -167,7 +170,7 @@ class Normal:
         got = _abi.Received()
         status = call(None, byref(got))
         if status == _abi.OK:
-            lease = core.own_lease(got.lease, turn.owner_stream) if got.lease else None
+            lease = core.own_lease(got.lease, turn.owner_stream, turn.captured) if got.lease else None
             memory = (got.x, got.side, got.topk_idx, got.topk_weights)
             return [None if shape is None else _tensor.over(lease, address, shape[0], shape[1], device)
                     for shape, address in zip(shapes, memory)]
@@ -178,25 +181,32 @@ class Normal:
         place = _abi.Place(x=_pointer(tensors[0]), side=_pointer(tensors[1]), topk_idx=_pointer(tensors[2]),
                            topk_weights=_pointer(tensors[3]))
         core.check(call(byref(place), byref(got)))
+        turn.outputs(*tensors)
         return tensors
 
-    def _expert_totals(self, num_tokens_per_expert, alignment):
+    def _expert_totals(self, num_tokens_per_expert, alignment, previous_event):
         """Rows per local expert when only a mask travels: from everybody's num_tokens_per_expert."""
-        import torch
-        core = self._core
-        mine = num_tokens_per_expert.cpu()
-        parts = core.allgather(bytes(mine.untyped_storage())[:mine.numel() * 4] if mine.numel() else b"")
-        total = sum(torch.frombuffer(bytearray(part), dtype=torch.int32).long() for part in parts)
-        local = total.numel() // core.ranks
-        return [(n + alignment - 1) // alignment * alignment
-                for n in total[core.rank * local:(core.rank + 1) * local].tolist()]
+        if hasattr(previous_event, "current_stream_wait"):  # they may be on their way still
+            previous_event.current_stream_wait()
+        parts = self._core.allgather(array("i", num_tokens_per_expert.tolist()).tobytes())
+        total = [sum(one) for one in zip(*(memoryview(part).cast("i") for part in parts))]
+        return [(total[e] + alignment - 1) // alignment * alignment for e in self._local_experts(len(total))]
 
-    def _tell_bad_data(self):
-        """On CPU the ids were read by now: say at this call, not at the next, that some were wrong."""
-        with self._core as core:
-            status = core.lib.epx_buffer_status(core.buffer)
-            if status == _abi.E_DATA:
-                core.check(status)
+    def _local_experts(self, num_experts):
+        """The experts of this rank, ascending: what a local expert number stands for."""
+        if self._expert_rank is not None:
+            return [e for e, rank in enumerate(self._expert_rank) if rank == self.rank]
+        local = num_experts // self.group_size
+        return range(self.rank * local, (self.rank + 1) * local)
+
+    @staticmethod
+    def _tell_bad_data(core):
+        """On CPU the ids were read by now: say at this call, not at the next, that some were wrong. With the lock held."""
+        if core.cuda:
+            return
+        status = core.lib.epx_buffer_status(core.buffer)
+        if status == _abi.E_DATA:
+            core.check(status)
 
     # -- combine --
 
@@ -220,9 +230,8 @@ class Normal:
         kinds = {torch.bfloat16: _abi.DTYPE_BF16, torch.float16: _abi.DTYPE_FP16, torch.float32: _abi.DTYPE_FP32}
         _tensor.check_rows("x", x, device, dtypes=tuple(kinds))
         rows, hidden = x.shape
-        expected = self._rows_of(inner)
-        if expected is not None and rows != expected:
-            refuse("x: %d rows; the handle's dispatch received %d here" % (rows, expected))
+        if rows != inner.rows:
+            refuse("x: %d rows; the handle's dispatch received %d here" % (rows, inner.rows))
         if topk_weights is not None:
             if not inner.topk:
                 refuse("topk_weights: the handle's dispatch had no topk_idx, so nothing says how many there are")
@@ -243,8 +252,9 @@ class Normal:
                                 dtype=kinds[x.dtype], hidden=hidden, topk_weights=_pointer(topk_weights),
                                 out=_pointer(out), out_topk_weights=_pointer(out_weights),
                                 sms=config.num_sms if core.cuda else 0)
-            for i, one in enumerate(biases):
-                args.bias[i] = _pointer(one)
+            for i, one in enumerate(biases):  # with no tokens there is none to read, and no address that would do
+                args.bias[i] = one.data_ptr() or None if one is not None else None
+            inner.captured |= turn.captured
             core.check(core.lib.epx_combine(inner.pointer, byref(args), turn.stream))
             turn.outputs(out, out_weights)
         return out, out_weights, turn.event
@@ -258,15 +268,6 @@ class Normal:
         return self.combine(*args, **kwargs)
 
     # -- small things --
-
-    def _rows_of(self, inner):
-        """Rows this rank received by `inner`, where the host knows them."""
-        if inner.worst:
-            return inner.worst
-        counts = _abi.Counts()
-        with self._core as core:
-            core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
-        return counts.rows
 
     def _config(self, config, call):
         # Programs replace get_*_config on the class.
@@ -296,13 +297,17 @@ def _split(x, device):
     return x, scales
 
 
-def _fill_rows(rows, x, scales):
+def _fill_rows(rows, x, scales, turn):
+    """epx_rows_t of them. Returns the scales that were named there, which must live as long as the call."""
     size = x.element_size()
     rows.x, rows.row_bytes = _pointer(x), x.shape[1] * size
     rows.x_stride_bytes = x.stride(0) * size if x.shape[0] > 1 else 0
     if scales is not None:
+        if 0 in scales.stride():  # expanded; to the C library 0 is the default
+            scales = turn.packed(scales)
         size = scales.element_size()
         rows.side, rows.side_elem_bytes = _pointer(scales), size
         rows.side_elems = scales.shape[1] if scales.dim() == 2 else 1
         rows.side_token_stride_bytes = scales.stride(0) * size
         rows.side_elem_stride_bytes = scales.stride(1) * size if scales.dim() == 2 else size
+    return scales

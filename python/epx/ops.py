@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _dlpack, _tensor
+from .buffer import _numbered as _buffers
 from .errors import InvalidArgument
 from .handle import DispatchHandle
 
-_buffers = weakref.WeakValueDictionary()  # number -> Buffer
 _handles = weakref.WeakValueDictionary()  # number -> _Token
 _numbers = itertools.count(1)
 
@@ -31,14 +31,6 @@ class _Token:
 
     def tensor(self):
         return _tensor._from_dlpack(_dlpack.capsule(self, ctypes.addressof(self.memory), (1,), _dlpack.INT, 64))
-
-
-def _number_of(buffer):
-    number = getattr(buffer, "_op_number", None)
-    if number is None:
-        number = buffer._op_number = next(_numbers)
-        _buffers[number] = buffer
-    return number
 
 
 def _buffer_at(number):
@@ -64,17 +56,17 @@ def _dispatch(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, buffer: int, nu
         x, topk_idx=topk_idx, topk_weights=topk_weights, num_tokens_per_expert=experts, expert_alignment=alignment,
         num_worst_tokens=worst)
     token = _Token(handle)
-    return recv_x, recv_idx, recv_weights, torch.tensor(counts, dtype=torch.int64), token.tensor()
+    return recv_x, recv_idx, recv_weights, torch.tensor(counts, dtype=torch.int64, device="cpu"), token.tensor()
 
 
 @_dispatch.register_fake
 def _(x, topk_idx, topk_weights, buffer, num_experts, alignment, worst):
     owner = _buffer_at(buffer)
     rows = worst if worst else torch.library.get_ctx().new_dynamic_size()
-    local = 0 if worst else num_experts // owner.group_size
+    local = 0 if worst else len(owner._local_experts(num_experts))
     return (x.new_empty((rows, x.shape[1])), topk_idx.new_empty((rows, topk_idx.shape[1])),
-            topk_weights.new_empty((rows, topk_idx.shape[1])), torch.empty(local, dtype=torch.int64),
-            torch.empty(1, dtype=torch.int64))
+            topk_weights.new_empty((rows, topk_idx.shape[1])), torch.empty(local, dtype=torch.int64, device="cpu"),
+            torch.empty(1, dtype=torch.int64, device="cpu"))
 
 
 @torch.library.custom_op("epx::dispatch_again", mutates_args=())
@@ -148,7 +140,7 @@ def dispatch(x, topk_idx, topk_weights, buffer, num_experts, expert_alignment=1,
             rows per local expert int64 [L] on CPU (empty with num_worst_tokens), handle (a tensor, for combine).
     Raises  as Buffer.dispatch.
     """
-    return torch.ops.epx.dispatch(x.contiguous(), topk_idx, topk_weights.contiguous(), _number_of(buffer), num_experts,
+    return torch.ops.epx.dispatch(x.contiguous(), topk_idx, topk_weights.contiguous(), buffer._op_number, num_experts,
                                   expert_alignment, num_worst_tokens)
 
 
@@ -158,7 +150,7 @@ def combine(x, handle, buffer, like):
     x [rows,H] in the order of recv_x; handle from dispatch; like: any tensor with T rows (the x of dispatch).
     Returns [T,H]. Raises as Buffer.combine.
     """
-    return torch.ops.epx.combine(x.contiguous(), handle, like, _number_of(buffer))
+    return torch.ops.epx.combine(x.contiguous(), handle, like, buffer._op_number)
 
 
 __all__ = ["dispatch", "combine", "DispatchHandle"]

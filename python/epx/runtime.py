@@ -41,4 +41,8 @@ class Runtime:
 
     def destroy(self):
         """See Buffer.destroy."""
-        self._core.close()
+        buffer = self._buffer()
+        if buffer is not None:
+            buffer.destroy()
+        else:
+            self._core.close()

@@ -8,6 +8,8 @@
 #include "plan/routing.h" /* EPX__INLINE */
 
 enum { EPX__RAIL_MESSAGES = 0, EPX__RAIL_DATA = 1, EPX__RAIL_CREDIT = 2, EPX__RAIL_CHANNELS = 3 };
+/* Memories of the channels: the rails window; the buffer's, not on GPUs. */
+enum { EPX__RAILS_MEMORY_RAILS = 0, EPX__RAILS_MEMORY_WINDOW = 1 };
 enum { EPX__RAIL_INBOX = 4 }; /* messages deep: no rank is more than two halves ahead of its domain, nor of its rails */
 
 #define EPX__RAIL_CHUNK_BYTES (512u << 10)
@@ -28,7 +30,8 @@ typedef struct epx__rail_words {
 typedef struct epx__rail_message {
     uint64_t sequence, shape, tokens, recv_max;
     uint32_t kind, generation, crossing, experts;
-    uint64_t spare[2];
+    uint64_t x_place; /* ROWS: where in my window your rows go, x alone, one after the other; 0: through the ring */
+    uint64_t spare;
 } epx__rail_message_t;
 
 typedef struct epx__rails_layout {

@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "api/check.h"
 #include "api/objects.h"
 #include "api/rails.h"
 #include "base/alloc.h"
@@ -49,6 +50,7 @@ static epx_status_t check_config(const epx_buffer_config_t *c, int ranks)
     if ((uint64_t)c->tokens_max * (uint64_t)ranks > INT32_MAX)
         return epx__fail(EPX_E_INVALID, "tokens_max %u on %d ranks: together at most %d tokens", c->tokens_max, ranks,
                          INT32_MAX);
+    EPX__TRY(epx__check_timeout("epx_buffer_create", c->timeout_ms));
     if (c->sms < 0)
         return epx__fail(EPX_E_INVALID, "sms is %d; it must not be negative", c->sms);
     if (c->ll_tokens_max && (c->ll_hidden_max == 0 || c->ll_hidden_max % 8 || c->ll_hidden_max > 1u << 24))
@@ -171,7 +173,7 @@ static epx_status_t import_peers(epx_buffer_t *buffer)
         if (r == group->rank)
             buffer->x.peer[r] = buffer->x.window.base;
         else
-            EPX__TRY(epx__window_import(group->device, &buffer->exports[r], group->timeout_ms, &buffer->x.peer[r]));
+            EPX__TRY(epx__group_import(group, r, &buffer->exports[r], &buffer->x.peer[r]));
     }
     return EPX_OK;
 }
@@ -216,6 +218,8 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     EPX__TRY(check_config(&x->config, group->ranks));
     EPX__TRY(copy_map(buffer));
     EPX__TRY(make_pools(buffer));
+    EPX__TRY(epx__buffer_enter(buffer));
+    buffer->entered = true;
     uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? EPX__CUDA_CHUNK_WORDS : 0;
     EPX__TRY(epx__window_layout_make((uint32_t)group->ranks, &x->config, chunk_words, &x->layout));
     EPX__TRY(epx__window_create(group->device, group->fdserver, x->layout.total_bytes, &x->window, exported));
@@ -267,6 +271,8 @@ static void unmake(epx_buffer_t *buffer)
 {
     epx_group_t *group = buffer->group;
     epx__exchange_t *x = &buffer->x;
+    if (buffer->entered)
+        epx__buffer_leave(buffer);
     if (buffer->death_slot >= 0)
         epx__bootstrap_off_death(group->bootstrap, buffer->death_slot);
     if (x->ll)
@@ -320,13 +326,13 @@ epx_status_t epx_buffer_create(epx_group_t *group, const epx_buffer_config_t *co
         epx__detail_set(words);
         return status;
     }
-    *out = buffer;
+    *out = epx__buffer_name(buffer);
     return EPX_OK;
 }
 
 void epx_buffer_destroy(epx_buffer_t *buffer)
 {
-    if (buffer)
+    if (buffer && epx__buffer_find(&buffer, "epx_buffer_destroy") == EPX_OK)
         unmake(buffer);
 }
 
@@ -354,8 +360,7 @@ epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status)
 
 epx_status_t epx_buffer_status(epx_buffer_t *buffer)
 {
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "epx_buffer_status: buffer is NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_status"));
     buffer->x.ops->poll_fault(&buffer->x);
     epx__fault_t *fault = &buffer->x.fault;
     if (atomic_load(&fault->ready)) {
@@ -371,25 +376,26 @@ epx_status_t epx_buffer_status(epx_buffer_t *buffer)
 
 epx_status_t epx_buffer_barrier(epx_buffer_t *buffer, epx_stream_t stream)
 {
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "epx_buffer_barrier: buffer is NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_barrier"));
     EPX__TRY(epx__buffer_usable(buffer, "epx_buffer_barrier"));
     return epx__buffer_told(buffer, buffer->x.ops->barrier(&buffer->x, stream));
 }
 
 epx_status_t epx_buffer_check(epx_buffer_t *buffer, uint8_t *works)
 {
-    if (!buffer || !works)
-        return epx__fail(EPX_E_INVALID, "epx_buffer_check: buffer and works must not be NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_check"));
+    if (!works)
+        return epx__fail(EPX_E_INVALID, "epx_buffer_check: works is NULL");
     EPX__TRY(epx__buffer_usable(buffer, "epx_buffer_check"));
     return epx__buffer_told(buffer, buffer->x.ops->check(&buffer->x, works));
 }
 
 epx_status_t epx_buffer_get_traffic(epx_buffer_t *buffer, epx_traffic_t *traffic)
 {
-    if (!buffer || !traffic || traffic->size != sizeof *traffic)
+    EPX__TRY(epx__buffer_find(&buffer, "epx_buffer_get_traffic"));
+    if (!traffic || traffic->size != sizeof *traffic)
         return epx__fail(EPX_E_INVALID,
-                         "epx_buffer_get_traffic: buffer and traffic must not be NULL, traffic->size %zu",
+                         "epx_buffer_get_traffic: traffic must not be NULL and traffic->size must be %zu",
                          sizeof *traffic);
     *traffic = buffer->x.traffic;
     traffic->size = sizeof *traffic;

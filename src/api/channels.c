@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "api/check.h"
 #include "api/objects.h"
 #include "base/alloc.h"
 #include "base/env.h"
@@ -18,6 +19,7 @@
 /* What hangs on an epx_channels_t made here. */
 typedef struct own {
     epx_group_t *group;
+    epx__gathering_t gathering;
     epx_channel_memory_t memories[EPX__CHANNELS_MEMORIES];
     epx__window_t window;
     epx__export_t *exports; /* [ranks] */
@@ -26,12 +28,6 @@ typedef struct own {
     size_t window_bytes;    /* the caller's part */
     int death_slot;
 } own_t;
-
-static epx_status_t gather(void *context, const void *mine, size_t bytes, void *all)
-{
-    epx_group_t *group = context;
-    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
-}
 
 static void on_death(void *context, int rank)
 {
@@ -81,7 +77,7 @@ static epx_status_t map_domain(own_t *own, uint32_t channels)
                 "epx_channels_create: the library's own memory is %zu bytes here and less on rank %d; memory "
                 "that memory channels use must be of one size",
                 own->window_bytes, r);
-        EPX__TRY(epx__window_import(group->device, &own->exports[r], group->timeout_ms, &own->mapped[r]));
+        EPX__TRY(epx__group_import(group, r, &own->exports[r], &own->mapped[r]));
     }
     return EPX_OK;
 }
@@ -143,7 +139,7 @@ static epx_status_t fill_config(const epx_group_t *group, const epx_channels_con
     *config = (epx__channels_config_t){
         .rank = group->rank,
         .ranks = group->ranks,
-        .net = epx__env_text(EPX__ENV_NET),
+        .net = group->net_asked[0] ? group->net_asked : epx__env_text(EPX__ENV_NET),
         .address = epx__env_text(EPX__ENV_ADDRESS),
         .nic = epx__env_text(EPX__ENV_NIC),
         .channels = (uint32_t)channels,
@@ -155,8 +151,8 @@ static epx_status_t fill_config(const epx_group_t *group, const epx_channels_con
         .tickets = given->device_tickets,
         .device_producers = given->device_tickets != NULL,
         .timeout_ms = given->timeout_ms ? given->timeout_ms : group->timeout_ms,
-        .allgather = gather,
-        .allgather_context = own->group,
+        .allgather = epx__group_gather,
+        .allgather_context = &own->gathering,
     };
     if (!config->address && group->host_ranks == group->ranks)
         config->address = "127.0.0.1";
@@ -180,7 +176,9 @@ static epx_status_t build(own_t *own, const epx_channels_config_t *given, epx_ch
     EPX__TRY(epx__group_agree(group, status, "making the memory of channels"));
     status = map_domain(own, sizes.channels);
     EPX__TRY(epx__group_agree(group, status, "mapping the peers' channel memory"));
+    own->gathering = (epx__gathering_t){.group = group};
     status = epx__channels_create(&config, &channels);
+    epx__group_gather_no_more(&own->gathering, status);
     if (status == EPX_OK)
         status = fill_memory_table(channels, own);
     if (status == EPX_OK)
@@ -203,6 +201,7 @@ epx_status_t epx_channels_create(epx_group_t *group, const epx_channels_config_t
     if (!group || !channels)
         return epx__fail(EPX_E_INVALID, "epx_channels_create: group and channels must not be NULL");
     EPX__TRY(epx__config_copy(&given, sizeof given, config, "epx_channels_config_t"));
+    EPX__TRY(epx__check_timeout("epx_channels_create", given.timeout_ms));
     own_t *own = epx__calloc(1, sizeof *own);
     if (own) {
         own->exports = epx__calloc((size_t)group->ranks, sizeof *own->exports);

@@ -22,6 +22,41 @@ epx_status_t epx__check_memory(epx_buffer_t *buffer, const char *call, const cha
     return buffer->x.device->ops->check_pointer(buffer->x.device, pointer, what);
 }
 
+/* 49 days; more would not mean "for ever" but, in nanoseconds, overflow. */
+epx_status_t epx__check_timeout(const char *call, uint64_t timeout_ms)
+{
+    if (timeout_ms > UINT32_MAX)
+        return epx__fail(EPX_E_INVALID, "%s: timeout_ms is %llu; at most %u", call, (unsigned long long)timeout_ms,
+                         UINT32_MAX);
+    return EPX_OK;
+}
+
+epx_status_t epx__check_layout(epx_buffer_t *buffer, const epx_layout_t *l)
+{
+    const char *call = "epx_layout";
+    EPX__TRY(epx__check_memory(buffer, call, "tokens_per_rank", l->tokens_per_rank, 4, l->tokens_per_rank != NULL));
+    EPX__TRY(
+        epx__check_memory(buffer, call, "tokens_per_domain", l->tokens_per_domain, 4, l->tokens_per_domain != NULL));
+    EPX__TRY(
+        epx__check_memory(buffer, call, "tokens_per_expert", l->tokens_per_expert, 4, l->tokens_per_expert != NULL));
+    return epx__check_memory(buffer, call, "in_rank", l->in_rank, 1, l->in_rank != NULL);
+}
+
+/* The last of `count` steps of `stride` bytes still lies in one address space. */
+static epx_status_t check_reach(const char *call, const char *what, int64_t stride, uint64_t count)
+{
+    int64_t reach;
+    if (__builtin_mul_overflow(stride, count, &reach) || reach > PTRDIFF_MAX / 4 || reach < -(PTRDIFF_MAX / 4))
+        return epx__fail(EPX_E_INVALID, "%s: %s is %lld; with %llu of them that is more than any memory", call, what,
+                         (long long)stride, (unsigned long long)count);
+    return EPX_OK;
+}
+
+static epx_status_t check_stride(const char *call, size_t stride, uint64_t rows)
+{
+    return check_reach(call, "x_stride_bytes", stride > INT64_MAX ? INT64_MAX : (int64_t)stride, rows < 1 ? 1 : rows);
+}
+
 epx_status_t epx__check_routing(epx_buffer_t *buffer, const char *call, const void *topk_idx, int *bits,
                                 uint32_t tokens, uint32_t topk, uint32_t experts, epx__experts_t *map)
 {
@@ -58,6 +93,7 @@ epx_status_t epx__check_rows(epx_buffer_t *buffer, const char *call, epx_rows_t 
     if (rows->x_stride_bytes % 16 || rows->x_stride_bytes < rows->row_bytes)
         return epx__fail(EPX_E_INVALID, "%s: x_stride_bytes is %zu; a multiple of 16, at least row_bytes (%zu)", call,
                          rows->x_stride_bytes, rows->row_bytes);
+    EPX__TRY(check_stride(call, rows->x_stride_bytes, tokens));
     EPX__TRY(epx__check_memory(buffer, call, "x", rows->x, 16, tokens > 0));
     if (rows->side_elems == 0) {
         if (rows->side)
@@ -77,6 +113,8 @@ epx_status_t epx__check_rows(epx_buffer_t *buffer, const char *call, epx_rows_t 
         rows->side_token_stride_bytes = (int64_t)(elem * rows->side_elems);
     if (rows->side_elem_stride_bytes % (int64_t)elem || rows->side_token_stride_bytes % (int64_t)elem)
         return epx__fail(EPX_E_INVALID, "%s: side strides must be multiples of side_elem_bytes (%zu)", call, elem);
+    EPX__TRY(check_reach(call, "side_token_stride_bytes", rows->side_token_stride_bytes, tokens));
+    EPX__TRY(check_reach(call, "side_elem_stride_bytes", rows->side_elem_stride_bytes, rows->side_elems));
     return epx__check_memory(buffer, call, "side", rows->side, elem, tokens > 0);
 }
 
@@ -100,13 +138,19 @@ epx_status_t epx__check_dispatch(epx_buffer_t *buffer, epx_dispatch_t *d, epx__e
     if (d->expert_alignment > 1u << 20 || d->recv_tokens_max > INT32_MAX)
         return epx__fail(EPX_E_INVALID, "%s: expert_alignment %u or recv_tokens_max %u is too large", call,
                          d->expert_alignment, d->recv_tokens_max);
+    EPX__TRY(epx__check_timeout(call, d->timeout_ms));
     d->expert_alignment = d->expert_alignment ? d->expert_alignment : 1;
     if (d->sms < 0)
         return epx__fail(EPX_E_INVALID, "%s: sms is %d; it must not be negative", call, d->sms);
     return epx__check_rows(buffer, call, &d->rows, d->tokens);
 }
 
-epx_status_t epx__check_place(const char *call, const epx_place_t *place, int topk_idx_bits,
+static epx_status_t check_part(epx_buffer_t *buffer, const char *call, const char *what, const void *part, size_t align)
+{
+    return epx__check_memory(buffer, call, what, part, align, part != NULL);
+}
+
+epx_status_t epx__check_place(epx_buffer_t *buffer, const char *call, const epx_place_t *place, int topk_idx_bits,
                               const epx_received_t *received)
 {
     if (!received || received->size != sizeof *received)
@@ -117,11 +161,11 @@ epx_status_t epx__check_place(const char *call, const epx_place_t *place, int to
     if (!place->x && (place->side || place->topk_idx || place->topk_weights || place->src_token))
         return epx__fail(EPX_E_INVALID, "%s: place->x is NULL but other memory is given; give x too, or no place",
                          call);
-    EPX__TRY(check_aligned(call, "place->x", place->x, 16));
-    EPX__TRY(check_aligned(call, "place->side", place->side, 4));
-    EPX__TRY(check_aligned(call, "place->topk_idx", place->topk_idx, topk_idx_bits == 32 ? 4 : 8));
-    EPX__TRY(check_aligned(call, "place->topk_weights", place->topk_weights, 4));
-    return check_aligned(call, "place->src_token", place->src_token, 4);
+    EPX__TRY(check_part(buffer, call, "place->x", place->x, 16));
+    EPX__TRY(check_part(buffer, call, "place->side", place->side, 4));
+    EPX__TRY(check_part(buffer, call, "place->topk_idx", place->topk_idx, topk_idx_bits == 32 ? 4 : 8));
+    EPX__TRY(check_part(buffer, call, "place->topk_weights", place->topk_weights, 4));
+    return check_part(buffer, call, "place->src_token", place->src_token, 4);
 }
 
 epx_status_t epx__check_combine(epx_buffer_t *buffer, const epx_handle_t *handle, epx_combine_t *c, uint32_t rows)
@@ -140,6 +184,8 @@ epx_status_t epx__check_combine(epx_buffer_t *buffer, const epx_handle_t *handle
     if (c->x_stride_bytes % 16 || c->x_stride_bytes < row)
         return epx__fail(EPX_E_INVALID, "%s: x_stride_bytes is %zu; a multiple of 16, at least the row (%zu)", call,
                          c->x_stride_bytes, row);
+    EPX__TRY(check_stride(call, c->x_stride_bytes, rows));
+    EPX__TRY(epx__check_timeout(call, c->timeout_ms));
     EPX__TRY(epx__check_memory(buffer, call, "x", c->x, 16, rows > 0));
     EPX__TRY(epx__check_memory(buffer, call, "out", c->out, 16, tokens > 0));
     EPX__TRY(epx__check_memory(buffer, call, "bias[0]", c->bias[0], 16, c->bias[0] != NULL));

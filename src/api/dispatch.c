@@ -10,10 +10,10 @@ epx_status_t epx_layout(epx_buffer_t *buffer, const epx_layout_t *layout, epx_st
 {
     epx_layout_t l;
     epx__experts_t map;
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "epx_layout: buffer is NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_layout"));
     EPX__TRY(epx__config_copy(&l, sizeof l, layout, "epx_layout_t"));
     EPX__TRY(epx__check_routing(buffer, "epx_layout", l.topk_idx, &l.topk_idx_bits, l.tokens, l.topk, l.experts, &map));
+    EPX__TRY(epx__check_layout(buffer, &l));
     EPX__TRY(epx__buffer_usable(buffer, "epx_layout"));
     return buffer->x.ops->layout(&buffer->x, &l, &map, stream);
 }
@@ -28,18 +28,16 @@ static epx_handle_t *handle_take(epx_buffer_t *buffer)
     return NULL;
 }
 
-static epx_status_t handle_usable(epx_handle_t *handle, const char *call)
+/* From the caller's name to the handle, of a buffer that can take a call. */
+static epx_status_t handle_usable(epx_handle_t **handle, const char *call)
 {
-    if (!handle)
-        return epx__fail(EPX_E_INVALID, "%s: handle is NULL", call);
-    if (handle->h.state == EPX__HANDLE_FREE)
-        return epx__fail(EPX_E_INVALID, "%s: the handle has been released", call);
-    return epx__buffer_usable(handle->buffer, call);
+    EPX__TRY(epx__handle_find(handle, call));
+    return epx__buffer_usable((*handle)->buffer, call);
 }
 
 void epx_handle_release(epx_handle_t *handle, epx_stream_t stream)
 {
-    if (!handle || handle->h.state == EPX__HANDLE_FREE)
+    if (!handle || epx__handle_find(&handle, "epx_handle_release") != EPX_OK)
         return;
     epx_buffer_t *buffer = handle->buffer;
     buffer->x.ops->mark(&buffer->x, buffer->x.config.leases_max + handle->h.index, stream);
@@ -54,8 +52,9 @@ epx_status_t epx_dispatch_begin(epx_buffer_t *buffer, const epx_dispatch_t *disp
 {
     epx_dispatch_t d;
     epx__experts_t map;
-    if (!buffer || !out)
-        return epx__fail(EPX_E_INVALID, "epx_dispatch_begin: buffer and handle must not be NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_dispatch_begin"));
+    if (!out)
+        return epx__fail(EPX_E_INVALID, "epx_dispatch_begin: handle is NULL");
     EPX__TRY(epx__config_copy(&d, sizeof d, dispatch, "epx_dispatch_t"));
     EPX__TRY(epx__check_dispatch(buffer, &d, &map));
     EPX__TRY(epx__buffer_usable(buffer, "epx_dispatch_begin"));
@@ -77,9 +76,10 @@ epx_status_t epx_dispatch_begin(epx_buffer_t *buffer, const epx_dispatch_t *disp
     h->rows = 0;
     EPX__TRY(epx__buffer_told(buffer, buffer->x.ops->begin(&buffer->x, h, stream)));
     h->state = EPX__HANDLE_BEGUN;
+    handle->number = epx__buffer_number(buffer);
     handle->rows_done = false;
     handle->stream = stream;
-    *out = handle;
+    *out = epx__handle_name(handle);
     return EPX_OK;
 }
 
@@ -92,7 +92,7 @@ static epx_status_t count(epx_handle_t *handle)
 
 epx_status_t epx_handle_counts(epx_handle_t *handle, epx_counts_t *counts)
 {
-    EPX__TRY(handle_usable(handle, "epx_handle_counts"));
+    EPX__TRY(handle_usable(&handle, "epx_handle_counts"));
     if (!counts || counts->size != sizeof *counts)
         return epx__fail(EPX_E_INVALID, "epx_handle_counts: counts must not be NULL and counts->size must be %zu",
                          sizeof *counts);
@@ -108,7 +108,7 @@ epx_status_t epx_handle_counts(epx_handle_t *handle, epx_counts_t *counts)
 
 epx_status_t epx_handle_get_tables(epx_handle_t *handle, epx_handle_tables_t *tables)
 {
-    EPX__TRY(handle_usable(handle, "epx_handle_get_tables"));
+    EPX__TRY(handle_usable(&handle, "epx_handle_get_tables"));
     if (!tables || tables->size != sizeof *tables)
         return epx__fail(EPX_E_INVALID, "epx_handle_get_tables: tables must not be NULL and tables->size must be %zu",
                          sizeof *tables);
@@ -173,7 +173,7 @@ static epx_status_t run_rows(epx_handle_t *handle, const epx_rows_t *rows, bool 
     if (status != EPX_OK) {
         /* A lease that peers may still be writing stays taken: the buffer is broken and goes as a whole. */
         if (!atomic_load(&buffer->x.fault.ready))
-            epx_lease_release(buffer, lease, stream);
+            epx__lease_give(buffer, lease, stream);
         return status;
     }
     if (first)
@@ -193,8 +193,8 @@ static epx_status_t run_rows(epx_handle_t *handle, const epx_rows_t *rows, bool 
 epx_status_t epx_dispatch_end(epx_handle_t *handle, const epx_place_t *place, epx_stream_t stream,
                               epx_received_t *received)
 {
-    EPX__TRY(handle_usable(handle, "epx_dispatch_end"));
-    EPX__TRY(epx__check_place("epx_dispatch_end", place, handle->h.args.topk_idx_bits, received));
+    EPX__TRY(handle_usable(&handle, "epx_dispatch_end"));
+    EPX__TRY(epx__check_place(handle->buffer, "epx_dispatch_end", place, handle->h.args.topk_idx_bits, received));
     if (handle->rows_done)
         return epx__fail(EPX_E_INVALID,
                          "epx_dispatch_end: this handle's rows have been dispatched; use epx_dispatch_again");
@@ -205,13 +205,15 @@ epx_status_t epx_dispatch(epx_buffer_t *buffer, const epx_dispatch_t *dispatch, 
                           epx_stream_t stream, epx_handle_t **out, epx_received_t *received)
 {
     epx_handle_t *handle;
+    epx_buffer_t *own = buffer;
+    EPX__TRY(epx__buffer_find(&own, "epx_dispatch"));
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_dispatch: handle is NULL");
-    EPX__TRY(epx__check_place("epx_dispatch", place, dispatch ? dispatch->topk_idx_bits : 0, received));
+    EPX__TRY(epx__check_place(own, "epx_dispatch", place, dispatch ? dispatch->topk_idx_bits : 0, received));
     EPX__TRY(epx_dispatch_begin(buffer, dispatch, stream, &handle));
     epx_status_t status = epx_dispatch_end(handle, place, stream, received);
     /* The peers are in the second half already: when it was only refused here, the caller must be able to do it. */
-    if (status == EPX_OK || !atomic_load(&buffer->x.fault.ready))
+    if (status == EPX_OK || !atomic_load(&own->x.fault.ready))
         *out = handle;
     else
         epx_handle_release(handle, stream);
@@ -222,8 +224,8 @@ epx_status_t epx_dispatch_again(epx_handle_t *handle, const epx_rows_t *rows, co
                                 epx_stream_t stream, epx_received_t *received)
 {
     epx_rows_t r;
-    EPX__TRY(handle_usable(handle, "epx_dispatch_again"));
-    EPX__TRY(epx__check_place("epx_dispatch_again", place, 0, received));
+    EPX__TRY(handle_usable(&handle, "epx_dispatch_again"));
+    EPX__TRY(epx__check_place(handle->buffer, "epx_dispatch_again", place, 0, received));
     if (!rows)
         return epx__fail(EPX_E_INVALID, "epx_dispatch_again: rows is NULL");
     if (!handle->rows_done)
@@ -238,7 +240,7 @@ epx_status_t epx_dispatch_again(epx_handle_t *handle, const epx_rows_t *rows, co
 epx_status_t epx_combine(epx_handle_t *handle, const epx_combine_t *combine, epx_stream_t stream)
 {
     epx_combine_t c;
-    EPX__TRY(handle_usable(handle, "epx_combine"));
+    EPX__TRY(handle_usable(&handle, "epx_combine"));
     epx_buffer_t *buffer = handle->buffer;
     EPX__TRY(epx__config_copy(&c, sizeof c, combine, "epx_combine_t"));
     if (!handle->rows_done)

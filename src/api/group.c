@@ -4,6 +4,7 @@
 #include <strings.h>
 #include <unistd.h>
 
+#include "api/check.h"
 #include "api/objects.h"
 #include "api/rails.h"
 #include "base/alloc.h"
@@ -28,6 +29,19 @@ struct epx__verdict {
     char words[WORDS];
 };
 
+/* A rank that dies makes others fail, which then make others fail: whoever is told of those hears of the first, too. */
+static epx_status_t and_who_died(epx_group_t *group, epx_status_t status)
+{
+    char name[24];
+    int dead = 0;
+    while (dead < group->ranks && !epx__bootstrap_dead(group->bootstrap, dead))
+        dead++;
+    snprintf(name, sizeof name, "rank %d is gone", dead);
+    if (status == EPX_OK || dead == group->ranks || strstr(epx__detail(), name))
+        return status;
+    return epx__fail(status, "%s (%s)", epx__detail(), name);
+}
+
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing)
 {
     struct epx__verdict own = {.status = (int32_t)mine}, *all = group->verdicts;
@@ -35,14 +49,38 @@ epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char 
         snprintf(own.words, sizeof own.words, "%s", epx__detail());
     epx_status_t status = epx__bootstrap_allgather(group->bootstrap, &own, sizeof own, all, group->timeout_ms);
     if (mine != EPX_OK)
-        return epx__fail(mine, "%s", own.words);
+        return and_who_died(group, epx__fail(mine, "%s", own.words));
     for (int r = 0; status == EPX_OK && r < group->ranks; r++) {
         all[r].words[WORDS - 1] = 0;
         if (all[r].status != EPX_OK)
             status = epx__fail(EPX_E_PEER, "rank %d failed while %s: %s: %s", r, doing,
                                epx__status_name((epx_status_t)all[r].status), all[r].words);
     }
-    return status;
+    return and_who_died(group, status);
+}
+
+epx_status_t epx__group_gather(void *context, const void *mine, size_t bytes, void *all)
+{
+    epx__gathering_t *gathering = context;
+    epx_group_t *group = gathering->group;
+    gathering->done++;
+    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
+}
+
+void epx__group_gather_no_more(const epx__gathering_t *gathering, epx_status_t status)
+{
+    if (status != EPX_OK)
+        epx__bootstrap_skip(gathering->group->bootstrap, EPX__GATHERINGS - gathering->done, status);
+}
+
+epx_status_t epx__group_import(epx_group_t *group, int rank, const epx__export_t *exported, void **mapped)
+{
+    epx_status_t status = epx__window_import(group->device, exported, group->timeout_ms, mapped);
+    if (status == EPX_OK)
+        return EPX_OK;
+    if (epx__bootstrap_dead(group->bootstrap, rank))
+        return epx__fail(EPX_E_PEER, "rank %d is gone, its window cannot be mapped: %s", rank, epx__detail());
+    return epx__fail(status, "the window of rank %d cannot be mapped: %s", rank, epx__detail());
 }
 
 /* ---- choices ---- */
@@ -249,7 +287,7 @@ static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *c
 
 /* ---- create, destroy ---- */
 
-static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
+static epx__bootstrap_config_t boot_config(const epx_group_config_t *config, uint64_t timeout_ms)
 {
     epx__bootstrap_config_t boot = {.rank = config->rank,
                                     .ranks = config->ranks,
@@ -258,11 +296,27 @@ static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
                                     .allgather_context = config->allgather_context,
                                     .config_words = "ranks_per_domain",
                                     .config_hash = (uint64_t)config->ranks_per_domain + 1,
-                                    .timeout_ms = group->timeout_ms};
+                                    .timeout_ms = timeout_ms};
     if (!config->id && !config->allgather && config->ranks == 0) {
         boot.rank = -1;
         boot.ranks = 0;
     }
+    return boot;
+}
+
+/* The others would wait for this rank. */
+static epx_status_t no_memory(const epx_group_config_t *config)
+{
+    epx__bootstrap_config_t boot = boot_config(config, config->timeout_ms);
+    epx__bootstrap_t *none;
+    boot.failure = EPX_E_NOMEM;
+    epx__bootstrap_open(&boot, &none);
+    return epx__fail(EPX_E_NOMEM, "no memory for a group");
+}
+
+static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
+{
+    epx__bootstrap_config_t boot = boot_config(config, group->timeout_ms);
     EPX__TRY(epx__bootstrap_open(&boot, &group->bootstrap));
     group->rank = epx__bootstrap_rank(group->bootstrap);
     group->ranks = epx__bootstrap_ranks(group->bootstrap);
@@ -285,7 +339,12 @@ static epx_status_t build(epx_group_t *group, const epx_group_config_t *config)
         status = epx__bootstrap_barrier(group->bootstrap, group->timeout_ms);
     trial_close(group, &trial);
     EPX__TRY(status);
-    status = epx__group_choose_net(group, config->net);
+    if (config->net && strlen(config->net) >= sizeof group->net_asked)
+        status = epx__fail(EPX_E_INVALID, "the network's name \"%.40s...\" is too long", config->net);
+    else
+        snprintf(group->net_asked, sizeof group->net_asked, "%s", config->net ? config->net : "");
+    if (status == EPX_OK)
+        status = epx__group_choose_net(group, group->net_asked);
     return epx__group_agree(group, status, "opening the network between domains");
 }
 
@@ -304,7 +363,7 @@ static epx_status_t check_config(const epx_group_config_t *config)
     if (config->ranks_per_domain < 0 || config->device < 0)
         return epx__fail(EPX_E_INVALID, "epx_group_create: ranks_per_domain %d and device %d must not be negative",
                          config->ranks_per_domain, config->device);
-    return EPX_OK;
+    return epx__check_timeout("epx_group_create", config->timeout_ms);
 }
 
 epx_status_t epx_group_create(const epx_group_config_t *config, epx_group_t **out)
@@ -316,7 +375,7 @@ epx_status_t epx_group_create(const epx_group_config_t *config, epx_group_t **ou
     EPX__TRY(check_config(&c));
     epx_group_t *group = epx__calloc(1, sizeof *group);
     if (!group)
-        return epx__fail(EPX_E_NOMEM, "no memory for a group");
+        return no_memory(&c);
     atomic_store(&group->references, 1);
     snprintf(group->net, sizeof group->net, "none");
     epx_status_t status = EPX_OK;
@@ -361,6 +420,7 @@ epx_status_t epx_group_barrier(epx_group_t *group, uint64_t timeout_ms)
 {
     if (!group)
         return epx__fail(EPX_E_INVALID, "epx_group_barrier: group is NULL");
+    EPX__TRY(epx__check_timeout("epx_group_barrier", timeout_ms));
     return epx__bootstrap_barrier(group->bootstrap, timeout_ms ? timeout_ms : group->timeout_ms);
 }
 

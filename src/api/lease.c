@@ -86,8 +86,9 @@ size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t by
 
 epx_status_t epx_lease(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, epx_lease_t *lease, void **memory)
 {
-    if (!buffer || !lease || !memory)
-        return epx__fail(EPX_E_INVALID, "epx_lease: buffer, lease and memory must not be NULL");
+    EPX__TRY(epx__buffer_find(&buffer, "epx_lease"));
+    if (!lease || !memory)
+        return epx__fail(EPX_E_INVALID, "epx_lease: lease and memory must not be NULL");
     if (bytes == 0)
         return epx__fail(EPX_E_INVALID, "epx_lease: bytes is 0; ask for at least 1");
     EPX__TRY(epx__buffer_usable(buffer, "epx_lease"));
@@ -97,11 +98,9 @@ epx_status_t epx_lease(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, 
     return EPX_OK;
 }
 
-epx_status_t epx_lease_release(epx_buffer_t *buffer, epx_lease_t id, epx_stream_t stream)
+epx_status_t epx__lease_give(epx_buffer_t *buffer, epx_lease_t id, epx_stream_t stream)
 {
     uint32_t index;
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "epx_lease_release: buffer is NULL");
     if (id == 0)
         return EPX_OK;
     epx__lease_t *lease = lease_of(buffer, id, &index);
@@ -115,4 +114,10 @@ epx_status_t epx_lease_release(epx_buffer_t *buffer, epx_lease_t id, epx_stream_
     lease->stream = stream;
     epx__arena_give(&buffer->arena, lease->offset);
     return EPX_OK;
+}
+
+epx_status_t epx_lease_release(epx_buffer_t *buffer, epx_lease_t id, epx_stream_t stream)
+{
+    EPX__TRY(epx__buffer_find(&buffer, "epx_lease_release"));
+    return epx__lease_give(buffer, id, stream);
 }

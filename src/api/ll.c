@@ -4,25 +4,24 @@
 #include "api/check.h"
 #include "base/fail.h"
 
-static epx_status_t usable(epx_buffer_t *buffer, const char *call)
+/* From the caller's name to a buffer with low latency that can take a call. */
+static epx_status_t usable(epx_buffer_t **buffer, const char *call)
 {
-    if (!buffer)
-        return epx__fail(EPX_E_INVALID, "%s: buffer is NULL", call);
-    if (!buffer->x.ll)
+    EPX__TRY(epx__buffer_find(buffer, call));
+    if (!(*buffer)->x.ll)
         return epx__fail(EPX_E_INVALID,
                          "%s: the buffer was made without low latency; set ll_tokens_max and ll_hidden_max", call);
-    return epx__buffer_usable(buffer, call);
+    return epx__buffer_usable(*buffer, call);
 }
 
-/* A handle in the state that the call needs. */
-static epx_status_t handle_in(epx_ll_handle_t *handle, epx__ll_state_t state, const char *call, const char *before)
+/* From the caller's name to a handle in the state that the call needs. */
+static epx_status_t handle_in(epx_ll_handle_t **handle, epx__ll_state_t state, const char *call, const char *before)
 {
-    if (!handle)
-        return epx__fail(EPX_E_INVALID, "%s: handle is NULL", call);
-    EPX__TRY(usable(handle->buffer, call));
-    if (handle->call.state == EPX__LL_FREE)
+    EPX__TRY(epx__ll_handle_find(handle, call));
+    EPX__TRY(epx__buffer_usable((*handle)->buffer, call));
+    if ((*handle)->call.state == EPX__LL_FREE)
         return epx__fail(EPX_E_INVALID, "%s: the handle has been combined or released", call);
-    if (handle->call.state != state)
+    if ((*handle)->call.state != state)
         return epx__fail(EPX_E_INVALID, "%s: out of order; it comes after %s, once", call, before);
     return EPX_OK;
 }
@@ -67,7 +66,7 @@ static epx_status_t dispatch_begin(epx_buffer_t *buffer, const epx_ll_dispatch_t
 {
     epx_ll_dispatch_t d;
     epx__experts_t map;
-    EPX__TRY(usable(buffer, "epx_ll_dispatch"));
+    EPX__TRY(usable(&buffer, "epx_ll_dispatch"));
     if (!out)
         return epx__fail(EPX_E_INVALID, "epx_ll_dispatch: handle is NULL");
     EPX__TRY(epx__config_copy(&d, sizeof d, dispatch, "epx_ll_dispatch_t"));
@@ -89,6 +88,7 @@ static epx_status_t dispatch_begin(epx_buffer_t *buffer, const epx_ll_dispatch_t
     EPX__TRY(epx__buffer_told(buffer, (both ? ops->dispatch : ops->dispatch_send)(&buffer->x, &handle->call, stream)));
     buffer->ll_calls++;
     handle->call.state = both ? EPX__LL_RECEIVED : EPX__LL_SENT;
+    handle->number = epx__buffer_number(buffer);
     *out = handle;
     return EPX_OK;
 }
@@ -96,12 +96,15 @@ static epx_status_t dispatch_begin(epx_buffer_t *buffer, const epx_ll_dispatch_t
 epx_status_t epx_ll_dispatch_send(epx_buffer_t *buffer, const epx_ll_dispatch_t *dispatch, epx_stream_t stream,
                                   epx_ll_handle_t **out)
 {
-    return dispatch_begin(buffer, dispatch, false, stream, out);
+    epx_ll_handle_t *handle = NULL;
+    EPX__TRY(dispatch_begin(buffer, dispatch, false, stream, out ? &handle : NULL));
+    *out = epx__ll_handle_name(handle);
+    return EPX_OK;
 }
 
 epx_status_t epx_ll_dispatch_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 {
-    EPX__TRY(handle_in(handle, EPX__LL_SENT, "epx_ll_dispatch_recv", "epx_ll_dispatch_send"));
+    EPX__TRY(handle_in(&handle, EPX__LL_SENT, "epx_ll_dispatch_recv", "epx_ll_dispatch_send"));
     epx_buffer_t *buffer = handle->buffer;
     EPX__TRY(epx__buffer_told(buffer, buffer->group->ll_ops->dispatch_recv(&buffer->x, &handle->call, stream)));
     handle->call.state = EPX__LL_RECEIVED;
@@ -117,11 +120,11 @@ epx_status_t epx_ll_dispatch(epx_buffer_t *buffer, const epx_ll_dispatch_t *disp
     EPX__TRY(dispatch_begin(buffer, dispatch, true, stream, &handle));
     epx_status_t status = EPX_OK;
     if (handle->call.state == EPX__LL_SENT)
-        status = epx_ll_dispatch_recv(handle, stream);
+        status = epx_ll_dispatch_recv(epx__ll_handle_name(handle), stream);
     if (status != EPX_OK)
         handle->call.state = EPX__LL_FREE;
     else
-        *out = handle;
+        *out = epx__ll_handle_name(handle);
     return status;
 }
 
@@ -146,11 +149,12 @@ static epx_status_t check_combine(epx_ll_handle_t *handle, epx_ll_combine_t *c)
     return EPX_OK;
 }
 
-static epx_status_t combine_begin(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, bool whole,
+static epx_status_t combine_begin(epx_ll_handle_t **found, const epx_ll_combine_t *combine, bool whole,
                                   epx_stream_t stream)
 {
     epx_ll_combine_t c;
-    EPX__TRY(handle_in(handle, EPX__LL_RECEIVED, "epx_ll_combine_send", "epx_ll_dispatch_recv"));
+    EPX__TRY(handle_in(found, EPX__LL_RECEIVED, "epx_ll_combine_send", "epx_ll_dispatch_recv"));
+    epx_ll_handle_t *handle = *found;
     EPX__TRY(epx__config_copy(&c, sizeof c, combine, "epx_ll_combine_t"));
     EPX__TRY(check_combine(handle, &c));
     epx_buffer_t *buffer = handle->buffer;
@@ -164,12 +168,12 @@ static epx_status_t combine_begin(epx_ll_handle_t *handle, const epx_ll_combine_
 
 epx_status_t epx_ll_combine_send(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
 {
-    return combine_begin(handle, combine, false, stream);
+    return combine_begin(&handle, combine, false, stream);
 }
 
 epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 {
-    EPX__TRY(handle_in(handle, EPX__LL_COMBINE_SENT, "epx_ll_combine_recv", "epx_ll_combine_send"));
+    EPX__TRY(handle_in(&handle, EPX__LL_COMBINE_SENT, "epx_ll_combine_recv", "epx_ll_combine_send"));
     epx_buffer_t *buffer = handle->buffer;
     EPX__TRY(epx__buffer_told(buffer, buffer->group->ll_ops->combine_recv(&buffer->x, &handle->call, stream)));
     handle->call.state = EPX__LL_FREE;
@@ -178,13 +182,13 @@ epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream)
 
 epx_status_t epx_ll_combine(epx_ll_handle_t *handle, const epx_ll_combine_t *combine, epx_stream_t stream)
 {
-    EPX__TRY(combine_begin(handle, combine, true, stream));
-    return handle->call.state == EPX__LL_FREE ? EPX_OK : epx_ll_combine_recv(handle, stream);
+    EPX__TRY(combine_begin(&handle, combine, true, stream));
+    return handle->call.state == EPX__LL_FREE ? EPX_OK : epx_ll_combine_recv(epx__ll_handle_name(handle), stream);
 }
 
 void epx_ll_handle_release(epx_ll_handle_t *handle, epx_stream_t stream)
 {
-    if (!handle)
+    if (!handle || epx__ll_handle_find(&handle, "epx_ll_handle_release") != EPX_OK)
         return;
     /* What was sent to this rank must be taken out before its sender may use the slot again. */
     if (handle->call.state == EPX__LL_SENT && !atomic_load(&handle->buffer->x.fault.ready))
@@ -195,9 +199,12 @@ void epx_ll_handle_release(epx_ll_handle_t *handle, epx_stream_t stream)
 
 epx_status_t epx_ll_combine_buffer(epx_ll_handle_t *handle, void **memory)
 {
-    if (!handle || !memory)
-        return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: handle and memory must not be NULL");
-    EPX__TRY(usable(handle->buffer, "epx_ll_combine_buffer"));
+    if (!memory)
+        return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: memory is NULL");
+    EPX__TRY(epx__ll_handle_find(&handle, "epx_ll_combine_buffer"));
+    EPX__TRY(epx__buffer_usable(handle->buffer, "epx_ll_combine_buffer"));
+    if (handle->call.state == EPX__LL_FREE)
+        return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: the handle has been combined or released");
     if (!handle->buffer->x.config.ll_zero_copy)
         return epx__fail(EPX_E_INVALID, "epx_ll_combine_buffer: the buffer was made without ll_zero_copy");
     return handle->buffer->group->ll_ops->combine_buffer(&handle->buffer->x, &handle->call, memory);
@@ -207,7 +214,7 @@ epx_status_t epx_ll_combine_buffer(epx_ll_handle_t *handle, void **memory)
 
 epx_status_t epx_ll_mask_set(epx_buffer_t *buffer, int rank, int masked, epx_stream_t stream)
 {
-    EPX__TRY(usable(buffer, "epx_ll_mask_set"));
+    EPX__TRY(usable(&buffer, "epx_ll_mask_set"));
     if (rank < 0 || rank >= buffer->group->ranks || rank == buffer->group->rank)
         return epx__fail(EPX_E_INVALID, "epx_ll_mask_set: rank %d; another rank than one's own, below %d", rank,
                          buffer->group->ranks);
@@ -216,7 +223,7 @@ epx_status_t epx_ll_mask_set(epx_buffer_t *buffer, int rank, int masked, epx_str
 
 epx_status_t epx_ll_mask_get(epx_buffer_t *buffer, int32_t *masked)
 {
-    EPX__TRY(usable(buffer, "epx_ll_mask_get"));
+    EPX__TRY(usable(&buffer, "epx_ll_mask_get"));
     if (!masked)
         return epx__fail(EPX_E_INVALID, "epx_ll_mask_get: masked is NULL");
     return buffer->group->ll_ops->mask_get(&buffer->x, masked);
@@ -224,7 +231,7 @@ epx_status_t epx_ll_mask_get(epx_buffer_t *buffer, int32_t *masked)
 
 epx_status_t epx_ll_mask_clear(epx_buffer_t *buffer, epx_stream_t stream)
 {
-    EPX__TRY(usable(buffer, "epx_ll_mask_clear"));
+    EPX__TRY(usable(&buffer, "epx_ll_mask_clear"));
     for (int r = 0; r < buffer->group->ranks; r++)
         if (r != buffer->group->rank)
             EPX__TRY(buffer->group->ll_ops->mask_set(&buffer->x, r, 0, stream));

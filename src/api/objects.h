@@ -6,6 +6,7 @@
 
 #include "algo/exchange.h"
 #include "algo/ll/ll.h"
+#include "api/names.h"
 
 struct epx_group {
     epx__bootstrap_t *bootstrap;
@@ -22,6 +23,7 @@ struct epx_group {
     bool streaming;
     uint64_t timeout_ms;
     char net[64];
+    char net_asked[64]; /* by the configuration, else empty; also in one domain, for channels */
     char backend_why[192], domain_why[192], threads_why[160], net_why[192];
     struct epx__verdict *verdicts; /* [ranks] scratch of epx__group_agree */
     atomic_int references;         /* the caller's, and one a buffer */
@@ -29,6 +31,7 @@ struct epx_group {
 
 struct epx_handle {
     epx_buffer_t *buffer;
+    uint64_t number; /* of this use of the slot (names.h) */
     epx__exchange_handle_t h;
     bool rows_done;      /* dispatch_end has been called */
     epx_stream_t stream; /* of its last release */
@@ -45,10 +48,12 @@ typedef struct epx__lease {
 
 struct epx_ll_handle {
     epx_buffer_t *buffer;
+    uint64_t number; /* of this use of the slot (names.h) */
     epx__ll_call_t call;
 };
 
 struct epx_buffer {
+    uint32_t place; /* in the table of this process's buffers (names.h) */
     epx_group_t *group;
     epx__exchange_t x;
     epx__export_t *exports; /* [ranks] */
@@ -63,6 +68,7 @@ struct epx_buffer {
     uint32_t dispatches;         /* so far: the generations of handles */
     int death_slot, notice_slot;
     bool told;    /* the caller has had the first failure */
+    bool entered; /* it has a place, and so a name */
     bool created; /* the exchange is up */
 };
 
@@ -72,6 +78,7 @@ epx_status_t epx__buffer_usable(epx_buffer_t *buffer, const char *call);
 epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status);
 
 /* Leases (lease.c). */
+epx_status_t epx__lease_give(epx_buffer_t *buffer, epx_lease_t lease, epx_stream_t stream);
 epx_status_t epx__lease_take(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, epx_lease_t *lease,
                              size_t *window_offset);
 /* The offset in the window of [memory, memory + bytes) when it lies inside one held lease, else SIZE_MAX. */
@@ -80,6 +87,18 @@ size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t by
 /* Group (group.c): all ranks learn whether all succeeded; a rank that failed names itself. */
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing);
 void epx__group_unref(epx_group_t *group);
+/* What channel/channels.h calls while channels are made. A rank that fails between two of these all-gathers must not be
+ * waited for in the second. */
+typedef struct epx__gathering {
+    epx_group_t *group;
+    int done;
+} epx__gathering_t;
+enum { EPX__GATHERINGS = 2 }; /* of one epx__channels_create: what is agreed on, and the addresses */
+epx_status_t epx__group_gather(void *gathering, const void *mine, size_t bytes, void *all);
+/* After a failure: the others are told that this rank takes part in no more of them. */
+void epx__group_gather_no_more(const epx__gathering_t *gathering, epx_status_t status);
+/* Map the window of another rank of the domain; a failure names it, and says when it is gone. */
+epx_status_t epx__group_import(epx_group_t *group, int rank, const epx__export_t *exported, void **mapped);
 
 /* Config structs: copy `size` bytes of the caller's struct over zeros; refuse sizes that cannot be. */
 epx_status_t epx__config_copy(void *to, size_t to_bytes, const void *from, const char *what);

@@ -56,12 +56,6 @@ epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
     return EPX_OK;
 }
 
-static epx_status_t gather(void *context, const void *mine, size_t bytes, void *all)
-{
-    epx_group_t *group = context;
-    return epx__bootstrap_allgather(group->bootstrap, mine, bytes, all, group->timeout_ms);
-}
-
 /* A proxy: signals or credit have come. Whoever waits on the rank's bell looks again. */
 static void on_change(void *context)
 {
@@ -114,6 +108,13 @@ static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     return EPX_OK;
 }
 
+static epx_status_t import_window(epx_group_t *group, const own_t *own, int rank, void **mapped)
+{
+    if (!on_gpu(group))
+        return epx__group_import(group, rank, &own->exports[rank], mapped);
+    return epx__window_import(own->host, &own->exports[rank], group->timeout_ms, mapped);
+}
+
 static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
     epx_group_t *group = buffer->group;
@@ -123,7 +124,7 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
         int rank = epx__topology_rank(&group->topology, rails->domain, i);
         void *mapped = rails->window.base;
         if (rank != group->rank)
-            EPX__TRY(epx__window_import(own->host, &own->exports[rank], group->timeout_ms, &mapped));
+            EPX__TRY(import_window(group, own, rank, &mapped));
         rails->member[i] = mapped;
         EPX__TRY(group->device->ops->host_pin(group->device, mapped, rails->layout.total));
         own->pinned[i] = 1;
@@ -134,14 +135,15 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
 static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
     epx_group_t *group = buffer->group;
-    epx_channel_memory_t memory = {rails->window.base, rails->layout.total, 0};
+    /* By number: EPX__RAILS_MEMORY_RAILS, EPX__RAILS_MEMORY_WINDOW. */
+    epx_channel_memory_t memories[] = {{rails->window.base, rails->layout.total, 0},
+                                       {buffer->x.window.base, buffer->x.layout.total_bytes, 0}};
+    epx__gathering_t gathering = {.group = group};
     for (int d = 0; d < group->topology.domains; d++)
         own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
     uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
     const uint32_t proxies = 1;
-    if (on_gpu(group)) /* as epx_channels_tickets counts them */
-        EPX__TRY(group->device->ops->words_alloc(group->device, proxies + (size_t)group->ranks * EPX__RAIL_CHANNELS,
-                                                 &own->tickets));
+    bool gpu = on_gpu(group);
     epx__channels_config_t config = {
         .rank = group->rank,
         .ranks = group->ranks,
@@ -151,17 +153,25 @@ static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own
         .nic = epx__env_text(EPX__ENV_NIC),
         .channels = EPX__RAIL_CHANNELS,
         .proxies = proxies,
-        .memories = &memory,
-        .memory_count = 1,
-        .device_producers = own->tickets != NULL,
-        .tickets = own->tickets,
+        .memories = memories,
+        .memory_count = gpu ? 1 : 2, /* GPU memory is not for the network: its rows pass through the rails window */
+        .any_sources = !gpu,
+        .device_producers = gpu,
         .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
-        .allgather = gather,
-        .allgather_context = group,
-        .changed = on_gpu(group) ? NULL : on_change, /* kernels poll */
+        .allgather = epx__group_gather,
+        .allgather_context = &gathering,
+        .changed = gpu ? NULL : on_change, /* kernels poll */
         .changed_context = buffer,
     };
-    EPX__TRY(epx__channels_create(&config, &rails->channels));
+    epx_status_t status = EPX_OK;
+    if (gpu) /* as epx_channels_tickets counts them */
+        status = group->device->ops->words_alloc(group->device, proxies + (size_t)group->ranks * EPX__RAIL_CHANNELS,
+                                                 &own->tickets);
+    config.tickets = own->tickets;
+    if (status == EPX_OK)
+        status = epx__channels_create(&config, &rails->channels);
+    epx__group_gather_no_more(&gathering, status);
+    EPX__TRY(status);
     EPX__TRY(group->device->ops->host_pin(group->device, rails->channels->block, rails->channels->layout.total));
     own->block_pinned = true;
     return EPX_OK;

@@ -25,7 +25,7 @@
     X(NET, "", "network between domains: ofi, ofi:PROVIDER, loop, sim[:SEED]; default: ofi")                           \
     X(PROXIES, "", "proxy threads of a rank; default: by docs/channels.md's rule")                                     \
     X(CHANNELS, "", "port channels to each peer; default: by docs/channels.md's rule")                                 \
-    X(NIC, "", "network interface or device to use, by name; default: the nearest")                                    \
+    X(NIC, "", "network interface or device to use, by name; default: the nearest, in turns")                          \
     X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                      \
     X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")                                        \
     X(CUDA_DOMAINS, "", "1: several domains of GPUs, which is written and compiled but was never run")

@@ -41,6 +41,9 @@ static void dismantle(epx__bootstrap_t *b)
         return;
     for (int i = 0; b->link && i < b->links; i++)
         epx__connection_close(&b->link[i]);
+    for (int i = 0; b->guests && i < EPX__GUESTS; i++)
+        epx__socket_close(&b->guests[i].socket);
+    epx__socket_close(&b->standby);
     for (int i = 0; b->parts && i < b->ranks; i++)
         epx__message_release(b->parts[i]);
     release_all(b->inbox_first);
@@ -52,6 +55,9 @@ static void dismantle(epx__bootstrap_t *b)
     if (b->wake_fd >= 0)
         close(b->wake_fd);
     epx__free(b->link);
+    epx__free(b->peers);
+    epx__free(b->guests);
+    epx__free(b->tried);
     epx__free(b->state);
     epx__free(b->polls);
     epx__free(b->told);
@@ -84,14 +90,17 @@ static epx_status_t assemble(int rank, int ranks, uint64_t timeout_ms, epx__boot
     b->timeout_ms = timeout_ms;
     b->pid = getpid();
     b->wake_fd = -1;
+    b->before = -1;
     init_locks(b);
     size_t count = (size_t)ranks;
-    b->links = ranks == 1 ? 0 : rank == 0 ? ranks : 1;
+    b->links = ranks == 1 ? 0 : ranks;
     epx__frame_t bye = {.type = EPX__FRAME_BYE, .from = (uint32_t)rank};
     bool made = (b->state = epx__calloc(count, sizeof(*b->state))) && (b->told = epx__calloc(count, sizeof(*b->told)));
     if (made && b->links)
         made = (b->link = epx__calloc((size_t)b->links, sizeof(*b->link))) &&
-               (b->polls = epx__calloc((size_t)b->links + 1, sizeof(*b->polls))) &&
+               (b->polls = epx__calloc(count + 2 + EPX__GUESTS, 2 * sizeof(*b->polls))) &&
+               (b->peers = epx__calloc(count, sizeof(*b->peers))) && (b->tried = epx__calloc(count, 1)) &&
+               (b->guests = epx__calloc(EPX__GUESTS, sizeof(*b->guests))) &&
                (b->bye = epx__message_create(&bye, NULL)) && (b->spare = epx__message_create(&bye, NULL));
     if (made && b->links && rank == 0)
         made = (b->parts = epx__calloc(count, sizeof(*b->parts))) &&
@@ -155,17 +164,36 @@ static void tell_joined(epx__bootstrap_t *b, epx_status_t status)
     }
 }
 
+/* Where each rank would take the middle's place. */
+static epx__message_t *peers_message(const epx__bootstrap_t *b)
+{
+    epx__frame_t frame = {.type = EPX__FRAME_PEERS, .bytes = (uint32_t)b->ranks * EPX__ENDPOINT_BYTES};
+    epx__message_t *peers = epx__message_create(&frame, NULL);
+    for (int rank = 0; peers && rank < b->ranks; rank++)
+        epx__endpoint_put(&b->peers[rank], peers->payload + rank * EPX__ENDPOINT_BYTES);
+    return peers;
+}
+
 static epx_status_t open_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t **opened)
 {
     epx__bootstrap_t *b = NULL;
-    assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
-    epx_status_t status = epx__join_root(join, listener, b); /* without `b` too: it tells the others */
+    epx__join_t mine = *join;
+    if (mine.hello.failure == EPX_OK)
+        mine.hello.failure = (uint32_t)assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    epx_status_t status = epx__join_root(&mine, listener, b); /* without `b` too: it tells the others */
     epx__socket_close(listener);
     if (status == EPX_OK) {
+        epx__message_t *peers = peers_message(b);
+        b->hello = join->hello;
         pthread_mutex_lock(&b->lock);
-        status = start_watcher(b);
+        status = peers ? start_watcher(b) : epx__fail(EPX_E_NOMEM, "bootstrap: no memory for %d endpoints", b->ranks);
         tell_joined(b, status);
+        for (int rank = 1; status == EPX_OK && rank < b->ranks; rank++)
+            epx__connection_queue(&b->link[rank], peers, &b->link[rank].spare_entry);
+        if (status == EPX_OK)
+            epx__bootstrap_wake(b);
         pthread_mutex_unlock(&b->lock);
+        epx__message_release(peers);
     }
     if (status == EPX_OK)
         *opened = b;
@@ -190,18 +218,29 @@ static void decline(const epx__join_t *join, epx_status_t why)
 static epx_status_t open_leaf(const epx__join_t *join, epx__bootstrap_t **opened)
 {
     epx__bootstrap_t *b = NULL;
-    epx_status_t status = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
+    epx_status_t status = (epx_status_t)join->hello.failure;
+    if (status == EPX_OK)
+        status = assemble((int)join->hello.rank, (int)join->hello.ranks, join->timeout_ms, &b);
     if (status != EPX_OK) {
         decline(join, status);
         return status;
     }
-    status = epx__join_leaf(join, &b->link[0].socket);
+    bool unheard = false;
+    epx__join_t mine = *join;
+    mine.standby = &b->standby;
+    mine.unheard = &unheard;
+    b->hello = join->hello;
+    b->link[0].to_middle = true;
+    status = epx__join_leaf(&mine, &b->link[0].socket);
     if (status == EPX_OK)
         status = start_watcher(b);
-    if (status == EPX_OK)
+    if (status == EPX_OK) {
         *opened = b;
-    else
-        dismantle(b);
+        return EPX_OK;
+    }
+    dismantle(b);
+    if (unheard) /* with the descriptor that is free now */
+        decline(join, status);
     return status;
 }
 
@@ -218,6 +257,7 @@ static epx_status_t join_all(const epx__bootstrap_config_t *config, epx__meeting
         .pid = (uint32_t)getpid(),
         .sizes_hash = epx__sizes_hash(),
         .config_hash = config->config_hash,
+        .failure = (uint32_t)config->failure,
     };
     memcpy(join.hello.token, meeting->where.token, EPX__TOKEN_BYTES);
     gethostname(join.hello.host, sizeof(join.hello.host) - 1);
@@ -240,7 +280,7 @@ epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__boo
         status = join_all(config, &meeting, timeout_ms, &opened);
     } else {
         epx__socket_close(&meeting.listener); /* of an id made for one */
-        status = assemble(0, 1, timeout_ms, &opened);
+        status = config->failure == EPX_OK ? assemble(0, 1, timeout_ms, &opened) : config->failure;
     }
     if (status == EPX_OK)
         *bootstrap = opened;

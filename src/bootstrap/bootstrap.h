@@ -1,9 +1,9 @@
 /*
  * Who is in the group, and small collective steps among them over TCP.
  *
- * A star: rank 0 listens, every other rank keeps one connection to it for life; messages between two others pass
- * through rank 0. A watcher thread per rank owns the socket(s): it receives, relays, and notices deaths (a
- * connection that ends without "bye"), which rank 0 tells to all.
+ * A star: rank 0 listens, every other rank keeps one connection to it; messages between two others pass through rank 0.
+ * When rank 0 is gone, the lowest rank that is still here takes its place. A watcher thread per rank owns the sockets:
+ * it receives, relays, and notices deaths (a connection that ends without "bye"), of which all are told.
  */
 #ifndef EPX_BOOTSTRAP_BOOTSTRAP_H
 #define EPX_BOOTSTRAP_BOOTSTRAP_H
@@ -24,13 +24,13 @@ typedef struct epx__bootstrap_config {
     uint64_t config_hash; /* must be equal on all ranks; `config_words` says what it covers */
     const char *config_words;
     uint64_t timeout_ms;
+    epx_status_t failure; /* this rank cannot take part: it comes only to say so, and the open fails with that */
 } epx__bootstrap_config_t;
 
 /* Join. Exchanges version, struct sizes (hash of sizeof of the wire and public structs) and config_hash first. */
 epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__bootstrap_t **bootstrap);
 
-/* Say bye and leave; at most about a second; NULL is fine. When rank 0 leaves, what was under way between others still
- * arrives; after that nothing passes between them, and deaths among them go unnoticed here. */
+/* Say bye and leave; at most about a second; NULL is fine. What was under way still arrives. */
 void epx__bootstrap_close(epx__bootstrap_t *bootstrap);
 
 int epx__bootstrap_rank(const epx__bootstrap_t *bootstrap);
@@ -40,6 +40,9 @@ int epx__bootstrap_ranks(const epx__bootstrap_t *bootstrap);
 epx_status_t epx__bootstrap_allgather(epx__bootstrap_t *bootstrap, const void *mine, size_t bytes, void *all,
                                       uint64_t timeout_ms);
 epx_status_t epx__bootstrap_barrier(epx__bootstrap_t *bootstrap, uint64_t timeout_ms);
+
+/* This rank cannot take part in the next `count` collectives, and tells the others in them. Never waits. */
+void epx__bootstrap_skip(epx__bootstrap_t *bootstrap, int count, epx_status_t why);
 
 /* Tagged messages; order kept per (from, to, tag). A receive whose message has another size: EPX_E_MISMATCH. */
 epx_status_t epx__bootstrap_send(epx__bootstrap_t *bootstrap, int to, uint32_t tag, const void *data, size_t bytes);

@@ -21,10 +21,20 @@ static const char *kind_with_article(uint32_t kind)
 
 /* ---- rank 0's half ------------------------------------------------------------------------------ */
 
+/* Needs no memory, unless the rank has not yet taken the outcome of an operation that it gave up. */
+static bool queue_outcome(epx__bootstrap_t *b, uint32_t rank, epx__message_t *message)
+{
+    epx__connection_t *link = &b->link[rank];
+    bool queued = epx__connection_queue(link, message, &link->outcome_entry) || epx__relay_to(b, rank, message);
+    if (link->first || link->failed)
+        epx__bootstrap_wake(b);
+    return queued;
+}
+
 static void hand_out(epx__bootstrap_t *b, uint32_t rank, epx__message_t *message)
 {
     if (rank != 0) {
-        if (!epx__relay_to(b, rank, message))
+        if (!queue_outcome(b, rank, message))
             epx__bootstrap_fail(b, EPX_E_NOMEM, "no memory for a message of the bootstrap");
     } else if (message->frame.sequence == b->waiting_for && !b->outcome) {
         __atomic_add_fetch(&message->references, 1, __ATOMIC_RELAXED);
@@ -171,6 +181,21 @@ static int who_is_gone(const epx__bootstrap_t *b)
     return left;
 }
 
+/* Who has left may have done so because another died after it had given its part. */
+static void gone_words(const epx__bootstrap_t *b, int rank, char *words, size_t room)
+{
+    int dead = 0;
+    if (b->state[rank] == EPX__RANK_DEAD) {
+        snprintf(words, room, "rank %d is gone (its connection ended without a goodbye)", rank);
+        return;
+    }
+    while (dead < b->ranks && b->state[dead] != EPX__RANK_DEAD)
+        dead++;
+    int used = snprintf(words, room, "rank %d has left the group", rank);
+    if (dead < b->ranks)
+        snprintf(words + used, room - (size_t)used, "; rank %d is gone (its connection ended without a goodbye)", dead);
+}
+
 void epx__collective_look(epx__bootstrap_t *b)
 {
     char words[160];
@@ -181,9 +206,7 @@ void epx__collective_look(epx__bootstrap_t *b)
     }
     int gone = parts ? who_is_gone(b) : b->ranks;
     if (gone < b->ranks) {
-        snprintf(words, sizeof(words), "rank %d %s", gone,
-                 b->state[gone] == EPX__RANK_LEFT ? "has left the group"
-                                                  : "is gone (its connection ended without a goodbye)");
+        gone_words(b, gone, words, sizeof(words));
         abort_below(b, UINT64_MAX, EPX_E_PEER, words);
         return;
     }
@@ -220,9 +243,6 @@ epx_status_t epx__bootstrap_reachable(epx__bootstrap_t *b, int rank, const char 
         return epx__fail(EPX_E_PEER, "%s: rank %d is gone (its connection ended without a goodbye)", what, rank);
     if (state == EPX__RANK_LEFT)
         return epx__fail(EPX_E_PEER, "%s: rank %d has left the group", what, rank);
-    if (b->rank != 0 && rank != b->rank && !b->link[0].socket.open)
-        return epx__fail(EPX_E_PEER, "%s: rank 0, through which all messages pass, %s", what,
-                         b->state[0] == EPX__RANK_LEFT ? "has left the group" : "is gone");
     return EPX_OK;
 }
 
@@ -233,7 +253,7 @@ static void give_up(epx__bootstrap_t *b, uint64_t sequence, epx_status_t status)
         epx__collective_giveup(b, 0, sequence, status);
         return;
     }
-    if (b->spare->references != 1)
+    if (b->spare->references != 1 || b->middle != 0)
         return;
     b->spare->frame = (epx__frame_t){
         .type = EPX__FRAME_GIVEUP, .from = (uint32_t)b->rank, .tag = (uint32_t)status, .sequence = sequence};
@@ -268,7 +288,7 @@ static void ask_who_is_missing(epx__bootstrap_t *b, uint64_t sequence)
  * rank 0 may have left because of it. */
 static epx_status_t root_here(epx__bootstrap_t *b, const char *what)
 {
-    bool here = b->failed == EPX_OK && b->state[0] == EPX__RANK_HERE && (b->rank == 0 || b->link[0].socket.open);
+    bool here = b->failed == EPX_OK && b->state[0] == EPX__RANK_HERE;
     for (int rank = 0; rank < b->ranks && !here && b->failed == EPX_OK; rank++)
         if (b->state[rank] == EPX__RANK_DEAD)
             return epx__bootstrap_reachable(b, rank, what);
@@ -299,13 +319,26 @@ static epx_status_t await_outcome(epx__bootstrap_t *b, const char *what, uint64_
                      words);
 }
 
+/* Before our part is sent: a message that the outcome will fit into, whatever it is. */
+static bool prepare_room(epx__bootstrap_t *b, const epx__frame_t *part)
+{
+    epx__connection_t *link = &b->link[0];
+    size_t bytes = (size_t)part->bytes * (size_t)b->ranks;
+    epx__frame_t frame = {.type = EPX__FRAME_RESULT, .sequence = part->sequence};
+    frame.bytes = bytes > EPX__WORDS_MAX ? (uint32_t)bytes : EPX__WORDS_MAX;
+    epx__message_release(link->room);
+    link->room = b->rank == 0 ? NULL : epx__message_create(&frame, NULL);
+    link->room_bytes = frame.bytes;
+    return b->rank == 0 || link->room;
+}
+
 /* One chunk: our `count` bytes out, everybody's in at all + r * bytes. */
 static epx_status_t chunk(epx__bootstrap_t *b, epx__frame_t *frame, const uint8_t *mine, uint8_t *all, size_t bytes,
                           uint64_t deadline_ns, uint64_t timeout_ms)
 {
     const char *what = kind_name(frame->tag);
     EPX__TRY(root_here(b, what));
-    epx__message_t *part = epx__message_create(frame, mine);
+    epx__message_t *part = prepare_room(b, frame) ? epx__message_create(frame, mine) : NULL;
     if (!part) {
         give_up(b, frame->sequence, EPX_E_NOMEM);
         return epx__fail(EPX_E_NOMEM, "%s: no memory for %u bytes", what, frame->bytes);
@@ -347,7 +380,8 @@ static epx_status_t collective(epx__bootstrap_t *b, epx__kind_t kind, const uint
         status = chunk(b, &frame, mine ? mine + done : NULL, all ? all + done : NULL, bytes, deadline_ns, timeout_ms);
         b->waiting_for = 0;
         epx__message_release(b->outcome);
-        b->outcome = NULL;
+        epx__message_release(b->link[0].room);
+        b->outcome = b->link[0].room = NULL;
         done += count;
     } while (status == EPX_OK && done < bytes);
     return status;
@@ -392,4 +426,15 @@ epx_status_t epx__bootstrap_allgather(epx__bootstrap_t *bootstrap, const void *m
 epx_status_t epx__bootstrap_barrier(epx__bootstrap_t *bootstrap, uint64_t timeout_ms)
 {
     return run(bootstrap, EPX__KIND_BARRIER, NULL, 0, NULL, timeout_ms);
+}
+
+/* One word for the last of them: who is in an earlier one learns the same. */
+void epx__bootstrap_skip(epx__bootstrap_t *b, int count, epx_status_t why)
+{
+    if (count < 1 || b->ranks == 1 || b->pid != getpid())
+        return;
+    pthread_mutex_lock(&b->lock);
+    b->operation += (uint64_t)count;
+    give_up(b, b->operation << 32, why);
+    pthread_mutex_unlock(&b->lock);
 }

@@ -35,7 +35,7 @@ void epx__message_append(epx__message_t **first, epx__message_t **last, epx__mes
     *last = message;
 }
 
-static void pop(epx__connection_t *link)
+void epx__connection_pop(epx__connection_t *link)
 {
     epx__queued_t *entry = link->first;
     link->first = entry->next;
@@ -52,17 +52,56 @@ static void pop(epx__connection_t *link)
 void epx__connection_close(epx__connection_t *link)
 {
     while (link->first)
-        pop(link);
+        epx__connection_pop(link);
     epx__message_release(link->incoming);
-    link->incoming = NULL;
+    epx__message_release(link->room);
+    link->incoming = link->room = NULL;
     link->have = 0;
     link->shut = true;
     epx__socket_close(&link->socket);
 }
 
+void epx__connection_renew(epx__connection_t *link)
+{
+    link->half_close = link->shut = link->ended = link->failed = false;
+    link->have = 0;
+    link->first_sent = 0;
+}
+
+void epx__connection_move(epx__connection_t *to, epx__connection_t *from)
+{
+    epx__queued_t *first = NULL, *last = NULL;
+    from->first_sent = 0; /* whoever read the beginning is gone */
+    while (from->first) {
+        epx__queued_t *entry = from->first;
+        uint8_t type = entry->message->frame.type;
+        if (type == EPX__FRAME_GATHER || type == EPX__FRAME_GIVEUP || type == EPX__FRAME_QUERY) {
+            epx__connection_pop(from);
+            continue;
+        }
+        size_t bytes = EPX__FRAME_BYTES + entry->message->frame.bytes;
+        from->first = entry->next;
+        from->queued_bytes -= bytes;
+        to->queued_bytes += bytes;
+        entry->next = NULL;
+        if (last)
+            last->next = entry;
+        else
+            first = entry;
+        last = entry;
+    }
+    from->last = NULL;
+    if (!first)
+        return;
+    last->next = to->first;
+    to->first = first;
+    if (!to->last)
+        to->last = last;
+}
+
 bool epx__connection_queue(epx__connection_t *link, epx__message_t *message, epx__queued_t *embedded)
 {
-    if (!link->socket.open || link->shut || link->failed)
+    if ((!link->socket.open && !link->awaited) || link->shut || link->failed)
         return true; /* nobody is there to hear it; who needs an answer will notice */
     epx__queued_t *entry = embedded;
     if (embedded) {
@@ -86,9 +125,18 @@ bool epx__connection_queue(epx__connection_t *link, epx__message_t *message, epx
     return true;
 }
 
+/* The middle has closed its end. What is sent now would be lost; what stays in the queue goes to its successor. */
+static bool is_deserted(const epx__connection_t *link)
+{
+    struct pollfd end = {.fd = link->socket.fd, .events = POLLRDHUP};
+    return link->to_middle && poll(&end, 1, 0) > 0 && end.revents;
+}
+
 void epx__connection_flush(epx__connection_t *link)
 {
-    while (link->first && !link->failed) {
+    if (link->first && !link->failed && !link->awaited && is_deserted(link))
+        return;
+    while (link->first && !link->failed && !link->awaited) {
         epx__message_t *message = link->first->message;
         size_t sent = link->first_sent, header = sizeof(message->header), total = header + message->frame.bytes;
         struct iovec parts[2] = {
@@ -109,7 +157,7 @@ void epx__connection_flush(epx__connection_t *link)
         }
         link->first_sent += (size_t)now;
         if (link->first_sent == total)
-            pop(link);
+            epx__connection_pop(link);
     }
 }
 
@@ -123,6 +171,19 @@ static ssize_t receive(epx__connection_t *link, void *to, size_t bytes)
     if (got > 0)
         return got;
     return got < 0 && errno == EAGAIN ? 0 : -1;
+}
+
+/* A message for what has been announced. */
+static epx__message_t *make_room(epx__connection_t *link, const epx__frame_t *frame)
+{
+    epx__message_t *room = link->room;
+    bool outcome = frame->type == EPX__FRAME_RESULT || frame->type == EPX__FRAME_ABORT;
+    if (!room || !outcome || room->frame.sequence != frame->sequence || frame->bytes > link->room_bytes)
+        return epx__message_create(frame, NULL);
+    link->room = NULL;
+    room->frame = *frame;
+    epx__frame_encode(frame, room->header);
+    return room;
 }
 
 int epx__connection_read(epx__connection_t *link, uint32_t ranks, epx__message_t **message, const char **wrong)
@@ -139,7 +200,7 @@ int epx__connection_read(epx__connection_t *link, uint32_t ranks, epx__message_t
         *wrong = epx__frame_parse(link->header, ranks, &frame);
         if (*wrong)
             return -1;
-        link->incoming = epx__message_create(&frame, NULL);
+        link->incoming = make_room(link, &frame);
         if (!link->incoming)
             return -2;
         link->have = 0;

@@ -19,6 +19,7 @@ static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 static struct {
     epx_unique_id_t id;
     epx__socket_t listener;
+    epx__socket_t spare; /* so that rank 0 can hear the others, if only to refuse them */
 } table[IDS_MAX];
 
 static void before_fork(void)
@@ -47,7 +48,7 @@ bool epx__random_bytes(void *bytes, size_t count)
     return got == (ssize_t)count;
 }
 
-static epx_status_t enter(const epx_unique_id_t *id, epx__socket_t *listener)
+static epx_status_t enter(const epx_unique_id_t *id, epx__socket_t *listener, epx__socket_t *spare)
 {
     epx_status_t status = EPX_E_BUSY;
     pthread_mutex_lock(&table_lock);
@@ -56,6 +57,7 @@ static epx_status_t enter(const epx_unique_id_t *id, epx__socket_t *listener)
             continue;
         table[i].id = *id;
         epx__socket_move(&table[i].listener, listener);
+        epx__socket_move(&table[i].spare, spare);
         status = EPX_OK;
     }
     pthread_mutex_unlock(&table_lock);
@@ -74,13 +76,18 @@ epx_status_t epx__unique_id_create(const char *address, epx_unique_id_t *id)
         return epx__fail(EPX_E_INVALID, "unique id: address \"%.60s\": %s", address, wrong);
     if (!epx__random_bytes(made.token, sizeof(made.token)))
         return epx__fail(EPX_E_SYSTEM, "unique id: no random bytes to be had: %s", strerror(errno));
-    epx__socket_t listener = {0};
+    epx__socket_t listener = {0}, spare = {0};
     EPX__TRY(epx__socket_listen(&listener, &made.endpoint));
+    if (!epx__socket_reserve(&spare)) {
+        epx__socket_close(&listener);
+        return epx__fail(EPX_E_SYSTEM, "unique id: no descriptor to be had: %s", strerror(errno));
+    }
     pthread_once(&fork_once, watch_forks);
     epx_unique_id_t encoded;
     epx__id_encode(&made, &encoded);
-    epx_status_t status = enter(&encoded, &listener);
+    epx_status_t status = enter(&encoded, &listener, &spare);
     if (status != EPX_OK) {
+        epx__socket_close(&spare);
         epx__socket_close(&listener);
         return status;
     }
@@ -96,6 +103,7 @@ epx_status_t epx__unique_id_take(const epx_unique_id_t *id, epx__socket_t *liste
         if (!table[i].listener.open || memcmp(&table[i].id, id, sizeof(*id)) != 0)
             continue;
         epx__socket_move(listener, &table[i].listener);
+        epx__socket_close(&table[i].spare);
         found = true;
     }
     pthread_mutex_unlock(&table_lock);

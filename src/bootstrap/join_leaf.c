@@ -17,6 +17,7 @@ typedef enum outcome { WELCOME, FINAL, AGAIN, LATE } outcome_t;
 
 typedef struct leaf {
     const epx__join_t *join;
+    epx__hello_t hello;
     char where[EPX__ENDPOINT_TEXT];
     char trouble[160]; /* of the last attempt */
     bool taken_in;     /* rank 0 has heard our hello */
@@ -54,7 +55,7 @@ static outcome_t converse(leaf_t *leaf, epx__socket_t *socket)
 {
     uint8_t hello[EPX__HELLO_BYTES], payload[EPX__WORDS_MAX];
     char words[EPX__WORDS_MAX + 1];
-    epx__hello_encode(&leaf->join->hello, hello);
+    epx__hello_encode(&leaf->hello, hello);
     if (!epx__socket_send_now(socket, hello, sizeof(hello))) {
         snprintf(leaf->trouble, sizeof(leaf->trouble), "it hung up");
         return AGAIN;
@@ -86,19 +87,59 @@ static outcome_t converse(leaf_t *leaf, epx__socket_t *socket)
     }
 }
 
+/* Listen beside this end of the connection, at the same address: there rank 0 can be succeeded. */
+static epx_status_t stand_by(leaf_t *leaf, const epx__socket_t *connected)
+{
+    epx__socket_t *standby = leaf->join->standby;
+    epx__endpoint_t *endpoint = &leaf->hello.standby;
+    if (!standby || standby->open)
+        return EPX_OK;
+    if (!epx__socket_here(connected, endpoint))
+        return epx__fail(EPX_E_SYSTEM, "rendezvous: this end of the connection has no address");
+    epx_status_t status = epx__socket_listen(standby, endpoint);
+    if (status != EPX_OK)
+        *endpoint = (epx__endpoint_t){0};
+    return status;
+}
+
+/* Say hello, and hear the answer. A rank that lacks something says that instead, and will be refused. */
+static outcome_t introduce(leaf_t *leaf, epx__socket_t *socket)
+{
+    char words[EPX__DETAIL_BYTES];
+    epx_status_t standby = stand_by(leaf, socket);
+    snprintf(words, sizeof(words), "%s", epx__detail());
+    if (standby != EPX_OK)
+        leaf->hello.failure = (uint32_t)standby;
+    outcome_t outcome = converse(leaf, socket);
+    leaf->hello.failure = leaf->join->hello.failure;
+    if (standby == EPX_OK || outcome == AGAIN)
+        return outcome;
+    leaf->status = standby;
+    epx__detail_set(words);
+    epx__socket_close(socket);
+    return FINAL;
+}
+
 static outcome_t attempt(leaf_t *leaf, epx__socket_t *socket)
 {
     uint64_t until = epx__now_ns() + ATTEMPT_NS;
     int error;
     leaf->status = epx__socket_connect(socket, &leaf->join->where.endpoint,
                                        until < leaf->join->deadline_ns ? until : leaf->join->deadline_ns, &error);
+    if (leaf->join->unheard)
+        *leaf->join->unheard = leaf->status != EPX_OK;
     if (leaf->status != EPX_OK)
         return FINAL;
     if (error) {
         snprintf(leaf->trouble, sizeof(leaf->trouble), "%s", strerror(error));
         return AGAIN;
     }
-    outcome_t outcome = converse(leaf, socket);
+    outcome_t outcome = introduce(leaf, socket);
+    if (outcome == LATE) { /* so that rank 0 does not take us for dead */
+        uint8_t tired[EPX__FRAME_BYTES];
+        epx__frame_encode(&(epx__frame_t){.type = EPX__FRAME_BYE, .from = leaf->hello.rank}, tired);
+        epx__socket_send_now(socket, tired, sizeof(tired));
+    }
     if (outcome != WELCOME)
         epx__socket_close(socket);
     return outcome;
@@ -119,7 +160,7 @@ static epx_status_t late(const leaf_t *leaf)
 
 epx_status_t epx__join_leaf(const epx__join_t *join, epx__socket_t *connected)
 {
-    leaf_t leaf = {.join = join};
+    leaf_t leaf = {.join = join, .hello = join->hello};
     uint64_t pause_ns = PAUSE_FIRST_NS;
     epx__endpoint_text(&join->where.endpoint, leaf.where);
     snprintf(leaf.trouble, sizeof(leaf.trouble), "no time to try");

@@ -1,41 +1,34 @@
 /*
  * Rank 0's side of the rendezvous: let strangers in one by one, until every rank has said a good hello.
  *
- * A stranger gets a place among at most PENDING_MAX and HELLO_NS to say its hello. When all places are taken, the one
- * that has been silent longest must go (a real rank tries again). Nothing it says is believed before its token is
- * right. Whoever has the token and disagrees ends the rendezvous for all: the verdict goes to those who are here, and
+ * A stranger gets a place among at most PENDING_MAX (guests.h). Nothing it says is believed before its token is right.
+ * Whoever has the token and disagrees ends the rendezvous for all: the verdict goes to those who are here, and
  * for GRACE_NS to those who still come.
  */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include "base/alloc.h"
 #include "base/fail.h"
 #include "base/log.h"
+#include "bootstrap/guests.h"
 #include "bootstrap/state.h"
 
 enum { PENDING_MAX = 64, ACCEPTS_A_TURN = 256, TICK_MS = 100 };
-#define HELLO_NS 2000000000ull
 #define GRACE_NS 2000000000ull
 #define NEWS_NS 100000000ull /* how often those who wait hear who has come */
-
-typedef struct pending {
-    epx__socket_t socket;
-    uint64_t since_ns;
-    uint32_t have;
-    uint8_t bytes[EPX__HELLO_BYTES];
-} pending_t;
 
 typedef struct root {
     const epx__join_t *join;
     epx__bootstrap_t *b; /* NULL: there was no memory */
     epx__socket_t *listener;
     uint32_t ranks, joined, strangers;
-    struct pollfd few_polls[1 + PENDING_MAX];
-    struct pollfd *polls; /* listener, pending, then links */
-    pending_t pending[PENDING_MAX];
+    struct pollfd few_polls[2 * (1 + PENDING_MAX)];
+    struct pollfd *polls; /* listener, pending, then links; and as much to scratch in */
+    epx__guest_t pending[PENDING_MAX];
     uint8_t told[EPX__RANKS_MAX / 8]; /* who has heard the verdict */
     uint8_t came[EPX__RANKS_MAX / 8]; /* who has ever said a good hello: one whose own deadline is a little earlier
                                        * hangs up before ours, and is not the one that was missing */
@@ -131,12 +124,14 @@ static bool send_present(const root_t *root, const epx__socket_t *socket)
     return epx__socket_send_now(socket, bytes, EPX__FRAME_BYTES + frame.bytes);
 }
 
-/* The connection of a rank that has come is still there. */
-static bool still_open(const epx__socket_t *socket)
+typedef enum presence { HERE, TIRED, GONE } presence_t;
+
+/* A rank that has come says nothing before it is welcomed, but for one thing: that its own deadline has passed. */
+static presence_t presence(const epx__socket_t *socket)
 {
     char byte;
     ssize_t got = recv(socket->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    return got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
+    return got > 0 ? TIRED : got < 0 && (errno == EAGAIN || errno == EINTR) ? HERE : GONE;
 }
 
 static void lose(root_t *root, uint32_t rank)
@@ -146,13 +141,29 @@ static void lose(root_t *root, uint32_t rank)
     root->news = true;
 }
 
-static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hello)
+/* Something has come from a rank, or could not be sent to it. One that waits no longer is not the one that is missing;
+ * one that hung up without a word has died, and nobody need wait for it. */
+static void look_after(root_t *root, uint32_t rank)
+{
+    char words[EPX__WORDS_MAX];
+    presence_t now = presence(&root->b->link[rank].socket);
+    if (now == HERE)
+        return;
+    lose(root, rank);
+    snprintf(words, sizeof(words), "rank %u is gone (its connection ended while the ranks gathered)", rank);
+    if (now == TIRED)
+        return;
+    mark(root->told, rank);
+    decide(root, EPX_E_PEER, words);
+}
+
+static void take_hello(root_t *root, epx__guest_t *pending, const epx__hello_t *hello)
 {
     char words[EPX__WORDS_MAX];
     bool differs = disagree(root, hello, words, sizeof(words));
     bool known = hello->rank > 0 && hello->rank < root->ranks;
     epx__connection_t *link = root->b && known ? &root->b->link[hello->rank] : NULL;
-    if (!differs && root->verdict == EPX_OK && link->socket.open && !still_open(&link->socket))
+    if (!differs && root->verdict == EPX_OK && link->socket.open && presence(&link->socket) == GONE)
         lose(root, hello->rank);
     if (!differs && root->verdict == EPX_OK && link->socket.open) {
         snprintf(words, sizeof(words),
@@ -175,38 +186,27 @@ static void take_hello(root_t *root, pending_t *pending, const epx__hello_t *hel
         return;
     }
     epx__socket_move(&link->socket, &pending->socket);
+    root->b->peers[hello->rank] = hello->standby;
     root->joined++;
     mark(root->came, hello->rank);
     root->news = true;
     if (!send_present(root, &link->socket))
-        lose(root, hello->rank);
+        look_after(root, hello->rank);
 }
 
-static void turn_away(root_t *root, pending_t *pending)
+static void turn_away(root_t *root, epx__guest_t *pending)
 {
     epx__socket_close(&pending->socket);
     root->strangers++;
 }
 
-static void read_pending(root_t *root, pending_t *pending)
+static void read_pending(root_t *root, epx__guest_t *pending)
 {
-    ssize_t got =
-        recv(pending->socket.fd, pending->bytes + pending->have, EPX__HELLO_BYTES - pending->have, MSG_DONTWAIT);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
-        return;
-    if (got <= 0) {
-        turn_away(root, pending);
-        return;
-    }
-    pending->have += (uint32_t)got;
-    if (!epx__hello_begins(pending->bytes, pending->have)) {
-        turn_away(root, pending);
-        return;
-    }
-    if (pending->have < EPX__HELLO_BYTES)
-        return;
     epx__hello_t hello;
-    if (epx__hello_parse(pending->bytes, &hello)) {
+    int got = epx__guest_read(pending, &hello);
+    if (got == 0)
+        return;
+    if (got < 0) {
         turn_away(root, pending);
     } else if (!epx__token_equal(hello.token, root->join->hello.token)) {
         root->strangers++;
@@ -215,22 +215,6 @@ static void read_pending(root_t *root, pending_t *pending)
     } else {
         take_hello(root, pending, &hello);
     }
-}
-
-/* A free place; when there is none, the oldest of the silent, else the oldest, loses its. */
-static pending_t *find_place(root_t *root)
-{
-    pending_t *worst = NULL;
-    for (int i = 0; i < PENDING_MAX; i++) {
-        pending_t *pending = &root->pending[i];
-        if (!pending->socket.open)
-            return pending;
-        bool silent = pending->have == 0, worst_silent = worst && worst->have == 0;
-        if (!worst || (silent && !worst_silent) || (silent == worst_silent && pending->since_ns < worst->since_ns))
-            worst = pending;
-    }
-    turn_away(root, worst);
-    return worst;
 }
 
 static void accept_some(root_t *root)
@@ -245,11 +229,8 @@ static void accept_some(root_t *root)
                 continue;
             return;
         }
-        pending_t *pending = find_place(root);
-        epx__socket_move(&pending->socket, &socket);
-        pending->have = 0;
-        pending->since_ns = epx__now_ns();
-        read_pending(root, pending); /* a rank's hello is mostly there at once */
+        /* A rank's hello is mostly there at once. */
+        read_pending(root, epx__guest_enter(root->pending, PENDING_MAX, &socket, &root->strangers));
     }
 }
 
@@ -271,27 +252,26 @@ static void turn(root_t *root, uint64_t until_ns)
 {
     int count = fill_polls(root);
     int wait_ms = epx__milliseconds_until(until_ns);
-    if (poll(root->polls, (nfds_t)count, wait_ms < TICK_MS ? wait_ms : TICK_MS) < 0)
+    if (epx__poll(root->polls, root->polls + count, count, wait_ms < TICK_MS ? wait_ms : TICK_MS) < 0)
         return;
     uint64_t now = epx__now_ns();
     for (int i = 0; i < PENDING_MAX; i++) {
-        pending_t *pending = &root->pending[i];
+        epx__guest_t *pending = &root->pending[i];
         if (pending->socket.open && root->polls[1 + i].revents)
             read_pending(root, pending);
-        if (pending->socket.open && now - pending->since_ns > HELLO_NS)
+        if (pending->socket.open && now - pending->since_ns > EPX__GUEST_NS)
             turn_away(root, pending);
     }
-    /* Whoever has come says nothing before it is welcomed: anything to read is its end, or a fault. */
     for (int i = 1 + PENDING_MAX; i < count; i++) {
         uint32_t rank = (uint32_t)(i - 1 - PENDING_MAX);
         if (root->polls[i].revents && root->b->link[rank].socket.open)
-            lose(root, rank);
+            look_after(root, rank);
     }
     if (root->polls[0].revents)
         accept_some(root);
     for (uint32_t rank = 1; root->news && root->b && now - root->news_ns > NEWS_NS && rank < root->ranks; rank++)
         if (root->b->link[rank].socket.open && !send_present(root, &root->b->link[rank].socket))
-            lose(root, rank);
+            look_after(root, rank);
     if (root->news && now - root->news_ns > NEWS_NS) {
         root->news = false;
         root->news_ns = now;
@@ -326,11 +306,40 @@ static void decide_timeout(root_t *root)
     decide(root, EPX_E_TIMEOUT, words);
 }
 
+static void decide_without(root_t *root)
+{
+    char words[EPX__WORDS_MAX];
+    uint32_t failure = root->join->hello.failure;
+    epx_status_t status = failure == EPX_OK ? EPX_E_NOMEM : (epx_status_t)failure; /* none for its polls */
+    snprintf(words, sizeof(words), "rank 0 cannot take part: %s%s", epx__status_text(status),
+             status == EPX_E_SYSTEM ? " (has it descriptors left? ulimit -n)" : "");
+    decide(root, status, words);
+}
+
+/* A connection for each rank must be possible: else say so at once, one after the other. */
+static void look_for_descriptors(root_t *root)
+{
+    char words[EPX__WORDS_MAX];
+    uint32_t wanted = root->ranks - 1, spare = epx__descriptors_spare(wanted);
+    if (spare >= wanted)
+        return;
+    snprintf(words, sizeof(words),
+             "rank 0 can have only %u more descriptors (ulimit -n) or has no memory; %u ranks need one each", spare,
+             wanted);
+    decide(root, EPX_E_SYSTEM, words);
+    if (spare == 0) { /* this one is of no use any more, and lets rank 0 hear one rank at a time */
+        close(root->b->wake_fd);
+        root->b->wake_fd = -1;
+    }
+}
+
 static epx_status_t serve(root_t *root)
 {
     uint64_t deadline_ns = root->join->deadline_ns, grace_ns = 0;
     if (!root->b)
-        decide(root, EPX_E_NOMEM, "rank 0 has no memory to make the group");
+        decide_without(root);
+    else
+        look_for_descriptors(root);
     while (root->verdict != EPX_OK || root->joined + 1 < root->ranks) {
         uint64_t now = epx__now_ns();
         if (root->verdict != EPX_OK && !grace_ns)
@@ -350,23 +359,31 @@ static epx_status_t serve(root_t *root)
     return root->verdict == EPX_OK ? EPX_OK : epx__fail(root->verdict, "%s", root->words);
 }
 
-epx_status_t epx__join_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
+static epx_status_t serve_with(root_t *root, const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
 {
     uint32_t ranks = join->hello.ranks;
-    root_t *root = epx__calloc(1, sizeof(*root));
-    struct pollfd *polls = root && b ? epx__calloc(1 + PENDING_MAX + ranks, sizeof(*polls)) : NULL;
-    epx_status_t status;
-    if (root) {
-        root->join = join;
-        root->listener = listener;
-        root->ranks = ranks;
-        root->b = polls ? b : NULL;
-        root->polls = polls ? polls : root->few_polls;
-        status = serve(root);
-    } else {
-        status = epx__fail(EPX_E_NOMEM, "rendezvous: rank 0 has no memory to make the group");
-    }
+    struct pollfd *polls = b ? epx__calloc(1 + PENDING_MAX + ranks, 2 * sizeof(*polls)) : NULL;
+    root->join = join;
+    root->listener = listener;
+    root->ranks = ranks;
+    root->b = polls ? b : NULL;
+    root->polls = polls ? polls : root->few_polls;
+    epx_status_t status = serve(root);
     epx__free(polls);
+    return status;
+}
+
+/* Without memory there is still the stack, to tell the others. */
+__attribute__((noinline)) static epx_status_t serve_without(const epx__join_t *join, epx__socket_t *listener)
+{
+    root_t root = {.join = join};
+    return serve_with(&root, join, listener, NULL);
+}
+
+epx_status_t epx__join_root(const epx__join_t *join, epx__socket_t *listener, epx__bootstrap_t *b)
+{
+    root_t *root = b ? epx__calloc(1, sizeof(*root)) : NULL;
+    epx_status_t status = root ? serve_with(root, join, listener, b) : serve_without(join, listener);
     epx__free(root);
     return status;
 }

@@ -73,7 +73,9 @@ void epx__bootstrap_notify(epx__bootstrap_t *b, uint32_t tag, const void *data, 
                           .bytes = (uint32_t)(bytes < EPX__NOTICE_MAX ? bytes : EPX__NOTICE_MAX)};
     epx__message_t *message = epx__message_create(&frame, data);
     pthread_mutex_lock(&b->lock);
-    bool told = message && (b->rank == 0 ? epx__relay_to_others(b, 0, message) : epx__relay_to(b, 0, message));
+    bool middle = (int)b->middle == b->rank;
+    bool told =
+        message && (middle ? epx__relay_to_others(b, b->middle, message) : epx__relay_to(b, b->middle, message));
     pthread_mutex_unlock(&b->lock);
     epx__message_release(message);
     if (!told)

@@ -18,11 +18,19 @@
 #include "base/fail.h"
 #include "bootstrap/job.h"
 
+enum { JOIN_DESCRIPTORS = 3 }; /* a bell, a connection, a listening socket */
+
 /* Equal on two ranks when 127.0.0.1 is the same place for both: one boot of one kernel, one network namespace. */
 typedef struct identity {
     char boot[40];
     uint64_t namespace_device, namespace_inode;
 } identity_t;
+
+/* What every rank says first. */
+typedef struct arrival {
+    identity_t identity;
+    uint32_t lacks_descriptors, zero;
+} arrival_t;
 
 /* What rank 0 tells all: an id, or why there is none. */
 typedef struct invitation {
@@ -86,17 +94,28 @@ static epx_status_t gather(const epx__bootstrap_config_t *config, const void *mi
     return EPX_OK;
 }
 
+/* Who cannot have the descriptors to join says it here, for it cannot say it at the rendezvous. */
+static epx_status_t check_arrivals(const arrival_t *all, int ranks)
+{
+    for (int rank = 0; rank < ranks; rank++)
+        if (all[rank].lacks_descriptors)
+            return epx__fail(EPX_E_SYSTEM, "rank %d cannot have the %d descriptors that it needs (ulimit -n)", rank,
+                             JOIN_DESCRIPTORS);
+    return EPX_OK;
+}
+
 static epx_status_t gather_id(const epx__bootstrap_config_t *config, void *room, epx_unique_id_t *id)
 {
-    identity_t mine;
-    identity_t *identities = room;
+    arrival_t mine = {.lacks_descriptors = epx__descriptors_spare(JOIN_DESCRIPTORS) < JOIN_DESCRIPTORS};
+    arrival_t *arrivals = room;
     invitation_t invitation;
     bool one_host = true;
     memset(&invitation, 0, sizeof(invitation));
-    identify(&mine);
-    EPX__TRY(gather(config, &mine, sizeof(mine), identities));
+    identify(&mine.identity);
+    EPX__TRY(gather(config, &mine, sizeof(mine), arrivals));
+    EPX__TRY(check_arrivals(arrivals, config->ranks));
     for (int rank = 1; rank < config->ranks; rank++)
-        one_host = one_host && !memcmp(&identities[rank], &identities[0], sizeof(mine));
+        one_host = one_host && !memcmp(&arrivals[rank].identity, &arrivals[0].identity, sizeof(identity_t));
     if (config->rank == 0) {
         invitation.status = (uint32_t)invite(one_host, &invitation);
         if (invitation.status != EPX_OK)
@@ -116,7 +135,7 @@ static epx_status_t gather_id(const epx__bootstrap_config_t *config, void *room,
 
 static epx_status_t by_allgather(const epx__bootstrap_config_t *config, epx_unique_id_t *id)
 {
-    size_t each = sizeof(invitation_t) > sizeof(identity_t) ? sizeof(invitation_t) : sizeof(identity_t);
+    size_t each = sizeof(invitation_t) > sizeof(arrival_t) ? sizeof(invitation_t) : sizeof(arrival_t);
     void *room = epx__calloc((size_t)config->ranks, each);
     if (!room)
         return epx__fail(EPX_E_NOMEM, "no memory to gather the hosts of %d ranks", config->ranks);

@@ -19,7 +19,7 @@ static size_t queued_bytes(const epx__bootstrap_t *b, int to)
 {
     if (to == b->rank)
         return 0;
-    const epx__connection_t *link = &b->link[b->rank == 0 ? to : 0];
+    const epx__connection_t *link = epx__relay_way(b, (uint32_t)to);
     return link->first ? link->queued_bytes : 0;
 }
 
@@ -28,8 +28,6 @@ static epx_status_t send_piece(epx__bootstrap_t *b, const epx__frame_t *frame, c
 {
     int to = (int)frame->to;
     EPX__TRY(epx__bootstrap_reachable(b, to, "send"));
-    if (to != b->rank && b->rank != 0 && b->state[0] == EPX__RANK_LEFT)
-        return epx__bootstrap_reachable(b, 0, "send"); /* what is in flight still arrives, but nothing new is taken */
     while (queued_bytes(b, to) > EPX__QUEUE_BYTES_MAX) {
         if (!epx__bootstrap_wait(b, deadline_ns))
             return epx__fail(EPX_E_TIMEOUT, "send: %zu bytes to rank %d wait to be taken", queued_bytes(b, to), to);

@@ -1,4 +1,4 @@
-/* What each incoming frame does, at rank 0 (which relays) and elsewhere. All with the lock held. */
+/* What each incoming frame does, in the middle (which relays) and elsewhere. All with the lock held. */
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -45,13 +45,18 @@ static void into_inbox(epx__bootstrap_t *b, epx__message_t *message)
     pthread_cond_broadcast(&b->changed);
 }
 
+epx__connection_t *epx__relay_way(const epx__bootstrap_t *b, uint32_t to)
+{
+    return &b->link[(int)b->middle == b->rank ? to : b->middle];
+}
+
 bool epx__relay_to(epx__bootstrap_t *b, uint32_t to, epx__message_t *message)
 {
     if ((int)to == b->rank) {
         into_inbox(b, message);
         return true;
     }
-    epx__connection_t *link = &b->link[b->rank == 0 ? to : 0];
+    epx__connection_t *link = epx__relay_way(b, to);
     bool queued = epx__connection_queue(link, message, NULL);
     if (link->first || link->failed)
         epx__bootstrap_wake(b); /* the rest goes out when the socket takes it */
@@ -60,38 +65,74 @@ bool epx__relay_to(epx__bootstrap_t *b, uint32_t to, epx__message_t *message)
 
 bool epx__relay_to_others(epx__bootstrap_t *b, uint32_t except, epx__message_t *message)
 {
-    for (int rank = 1; rank < b->links; rank++)
-        if ((uint32_t)rank != except && b->state[rank] == EPX__RANK_HERE && !epx__relay_to(b, (uint32_t)rank, message))
+    for (int rank = 0; rank < b->links; rank++)
+        if (rank != b->rank && (uint32_t)rank != except && b->state[rank] == EPX__RANK_HERE &&
+            !epx__relay_to(b, (uint32_t)rank, message))
             return false;
     return true;
 }
 
 static void tell_others(epx__bootstrap_t *b, epx__frame_type_t type, uint32_t rank)
 {
-    epx__message_t *news = epx__message_create(&(epx__frame_t){.type = (uint8_t)type, .tag = rank}, NULL);
+    epx__frame_t frame = {.type = (uint8_t)type, .from = (uint32_t)b->rank, .tag = rank};
+    epx__message_t *news = epx__message_create(&frame, NULL);
     if (!news || !epx__relay_to_others(b, rank, news))
         no_memory(b);
     epx__message_release(news);
 }
 
+void epx__relay_gone(epx__bootstrap_t *b, uint32_t rank, epx__rank_state_t how)
+{
+    set_state(b, rank, how);
+    b->link[rank].awaited = false;
+    if (!b->link[rank].socket.open)
+        epx__connection_close(&b->link[rank]); /* what was kept for it */
+    epx__log(EPX__LOG_INFO, "bootstrap: rank %u %s", rank, how == EPX__RANK_LEFT ? "has left" : "is gone");
+    tell_others(b, how == EPX__RANK_LEFT ? EPX__FRAME_LEFT : EPX__FRAME_DEATH, rank);
+    if (b->rank == 0)
+        epx__collective_look(b);
+}
+
+/* The connection over which everything went has ended. To a rank that has sent its own bye through it, that is the
+ * answer, and it needs no other. */
+static void lost_middle(epx__bootstrap_t *b, epx__connection_t *link, const char *wrong)
+{
+    if (b->state[b->rank] != EPX__RANK_HERE && link->shut) {
+        epx__connection_close(link);
+        return;
+    }
+    if (link->awaited)
+        b->tried[b->middle] = 1;
+    else if (b->state[b->middle] == EPX__RANK_HERE)
+        set_state(b, b->middle, EPX__RANK_DEAD);
+    epx__log(EPX__LOG_INFO, "bootstrap: rank %u, through which messages pass, is gone: %s", b->middle,
+             wrong ? wrong : "its connection ended without a goodbye");
+    link->awaited = false;
+    epx__succession_begin(b, link);
+    epx__connection_close(link);
+}
+
 void epx__relay_lost(epx__bootstrap_t *b, uint32_t rank, const char *wrong)
 {
-    epx__connection_t *link = &b->link[b->rank == 0 ? rank : 0];
-    if (b->state[rank] == EPX__RANK_HERE && b->rank == 0 && b->closing && !wrong && !link->failed) {
+    epx__connection_t *link = &b->link[rank];
+    pthread_cond_broadcast(&b->changed);
+    if ((int)rank == b->before) { /* its last words are through: now the next one's turn */
+        b->before = -1;
+        epx__succession_inherit(b, link);
+        epx__connection_close(link);
+        return;
+    }
+    if ((int)b->middle != b->rank && rank == b->middle && b->failed == EPX_OK) {
+        lost_middle(b, link, wrong);
+        return;
+    }
+    if (b->state[rank] == EPX__RANK_HERE && (int)b->middle == b->rank && b->closing && !wrong && !link->failed) {
         link->ended = true; /* its answer to our bye; what others sent to it may still be on its way */
         return;
     }
     epx__connection_close(link);
-    pthread_cond_broadcast(&b->changed);
-    if (b->state[rank] != EPX__RANK_HERE || b->failed != EPX_OK)
-        return;
-    set_state(b, rank, EPX__RANK_DEAD);
-    epx__log(EPX__LOG_INFO, "bootstrap: rank %u is gone: %s", rank,
-             wrong ? wrong : "its connection ended without a goodbye");
-    if (b->rank != 0)
-        return;
-    tell_others(b, EPX__FRAME_DEATH, rank);
-    epx__collective_look(b);
+    if (b->state[rank] == EPX__RANK_HERE && b->failed == EPX_OK)
+        epx__relay_gone(b, rank, EPX__RANK_DEAD);
 }
 
 static void keep_notice(epx__bootstrap_t *b, epx__message_t *message)
@@ -112,27 +153,18 @@ static void answer_query(epx__bootstrap_t *b, uint32_t from, uint64_t sequence)
     epx__message_release(answer);
 }
 
-/* Returns false when the frame is none that rank 0 may get. */
-static bool take_at_root(epx__bootstrap_t *b, uint32_t from, epx__message_t *message)
+/* News of a third rank, from one who comes over from the old middle. A rank that is connected here knows better. */
+static void hear_of(epx__bootstrap_t *b, uint32_t rank, epx__rank_state_t how)
+{
+    if ((int)rank != b->rank && b->state[rank] == EPX__RANK_HERE && !b->link[rank].socket.open)
+        epx__relay_gone(b, rank, how);
+}
+
+/* Frames that only rank 0 gets. */
+static bool take_part(epx__bootstrap_t *b, uint32_t from, epx__message_t *message)
 {
     const epx__frame_t *frame = &message->frame;
-    if (frame->from != from || b->state[from] != EPX__RANK_HERE)
-        return false;
     switch (frame->type) {
-    case EPX__FRAME_DATA:
-        if (!epx__relay_to(b, frame->to, message))
-            no_memory(b);
-        return true;
-    case EPX__FRAME_NOTICE:
-        keep_notice(b, message);
-        if (!epx__relay_to_others(b, from, message))
-            no_memory(b);
-        return true;
-    case EPX__FRAME_BYE:
-        set_state(b, from, EPX__RANK_LEFT);
-        tell_others(b, EPX__FRAME_LEFT, from);
-        epx__collective_look(b);
-        return true;
     case EPX__FRAME_GATHER:
         __atomic_add_fetch(&message->references, 1, __ATOMIC_RELAXED);
         epx__collective_part(b, from, message);
@@ -148,9 +180,60 @@ static bool take_at_root(epx__bootstrap_t *b, uint32_t from, epx__message_t *mes
     }
 }
 
-static bool take_elsewhere(epx__bootstrap_t *b, epx__message_t *message)
+/* Returns false when the frame is none that the middle may get. */
+static bool take_in_the_middle(epx__bootstrap_t *b, uint32_t from, epx__message_t *message)
 {
     const epx__frame_t *frame = &message->frame;
+    if (frame->from != from || b->state[from] != EPX__RANK_HERE)
+        return false;
+    switch (frame->type) {
+    case EPX__FRAME_DATA:
+        if (!epx__relay_to(b, frame->to, message))
+            no_memory(b);
+        return true;
+    case EPX__FRAME_NOTICE:
+        keep_notice(b, message);
+        if (!epx__relay_to_others(b, from, message))
+            no_memory(b);
+        return true;
+    case EPX__FRAME_BYE:
+        epx__relay_gone(b, from, EPX__RANK_LEFT);
+        return true;
+    case EPX__FRAME_LEFT:
+    case EPX__FRAME_DEATH:
+        if (b->rank == 0)
+            return false;
+        hear_of(b, frame->tag, frame->type == EPX__FRAME_LEFT ? EPX__RANK_LEFT : EPX__RANK_DEAD);
+        return true;
+    default:
+        return b->rank == 0 && take_part(b, from, message);
+    }
+}
+
+/* The middle leaves: send it what is queued, then no more; hear it to the end; and turn to its successor. */
+static void middle_leaves(epx__bootstrap_t *b)
+{
+    set_state(b, b->middle, EPX__RANK_LEFT);
+    b->link[b->middle].half_close = true;
+    if (b->state[b->rank] != EPX__RANK_HERE)
+        return; /* our own bye goes the same way */
+    b->before = (int)b->middle;
+    b->before_until_ns = epx__now_ns() + EPX__CLOSE_NS + EPX__CLOSE_NS / 2;
+    epx__succession_begin(b, NULL);
+}
+
+static void take_peers(epx__bootstrap_t *b, const epx__message_t *message)
+{
+    for (uint32_t rank = 0; rank < (uint32_t)b->ranks && (rank + 1) * EPX__ENDPOINT_BYTES <= message->frame.bytes;
+         rank++)
+        epx__endpoint_get(message->payload + rank * EPX__ENDPOINT_BYTES, &b->peers[rank]);
+}
+
+static bool take_elsewhere(epx__bootstrap_t *b, uint32_t from, epx__message_t *message)
+{
+    const epx__frame_t *frame = &message->frame;
+    if (b->link[from].awaited && frame->type != EPX__FRAME_WELCOME)
+        return false;
     switch (frame->type) {
     case EPX__FRAME_DATA:
         if ((int)frame->to != b->rank)
@@ -160,15 +243,23 @@ static bool take_elsewhere(epx__bootstrap_t *b, epx__message_t *message)
     case EPX__FRAME_NOTICE:
         keep_notice(b, message);
         return true;
-    case EPX__FRAME_BYE: /* rank 0 leaves, and with it the group's middle: send what is queued, then no more */
-        set_state(b, 0, EPX__RANK_LEFT);
-        b->link[0].half_close = true;
+    case EPX__FRAME_BYE:
+        if (from != b->middle)
+            return false;
+        middle_leaves(b);
+        return true;
+    case EPX__FRAME_WELCOME:
+        if (!b->link[from].awaited)
+            return false;
+        epx__succession_welcomed(b);
         return true;
     case EPX__FRAME_LEFT:
-        set_state(b, frame->tag, EPX__RANK_LEFT);
-        return true;
     case EPX__FRAME_DEATH:
-        set_state(b, frame->tag, EPX__RANK_DEAD);
+        if ((int)frame->tag != b->rank && b->state[frame->tag] == EPX__RANK_HERE)
+            set_state(b, frame->tag, frame->type == EPX__FRAME_LEFT ? EPX__RANK_LEFT : EPX__RANK_DEAD);
+        return true;
+    case EPX__FRAME_PEERS:
+        take_peers(b, message);
         return true;
     case EPX__FRAME_RESULT:
     case EPX__FRAME_ABORT:
@@ -192,10 +283,11 @@ static bool take_elsewhere(epx__bootstrap_t *b, epx__message_t *message)
 
 void epx__relay_take(epx__bootstrap_t *b, uint32_t from, epx__message_t *message)
 {
-    bool known = b->rank == 0 ? take_at_root(b, from, message) : take_elsewhere(b, message);
+    bool middle = (int)b->middle == b->rank && (int)from != b->before;
+    bool known = middle ? take_in_the_middle(b, from, message) : take_elsewhere(b, from, message);
     epx__message_release(message);
     if (!known) {
-        b->link[b->rank == 0 ? from : 0].failed = true;
+        b->link[from].failed = true;
         epx__relay_lost(b, from, "it sent something that does not belong here");
     }
 }

@@ -7,6 +7,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -108,6 +109,17 @@ static epx_status_t new_socket(epx__socket_t *owned, int family)
     return EPX_OK;
 }
 
+bool epx__socket_reserve(epx__socket_t *reserved)
+{
+    pthread_once(&fork_once, watch_forks);
+    pthread_mutex_lock(&list_lock);
+    int fd = eventfd(0, EFD_CLOEXEC);
+    if (fd >= 0)
+        enlist(reserved, fd);
+    pthread_mutex_unlock(&list_lock);
+    return fd >= 0;
+}
+
 static socklen_t to_sockaddr(const epx__endpoint_t *endpoint, struct sockaddr_storage *address)
 {
     memset(address, 0, sizeof(*address));
@@ -138,6 +150,31 @@ static void set_options(int fd)
     setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &user_timeout, sizeof(user_timeout));
 }
 
+static void from_sockaddr(const struct sockaddr_storage *address, epx__endpoint_t *endpoint)
+{
+    *endpoint = (epx__endpoint_t){0};
+    if (address->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)address;
+        endpoint->family = 6;
+        memcpy(endpoint->address, &six->sin6_addr, 16);
+    } else if (address->ss_family == AF_INET) {
+        const struct sockaddr_in *four = (const struct sockaddr_in *)address;
+        endpoint->family = 4;
+        memcpy(endpoint->address, &four->sin_addr, 4);
+    }
+}
+
+bool epx__socket_here(const epx__socket_t *connected, epx__endpoint_t *endpoint)
+{
+    struct sockaddr_storage address;
+    socklen_t length = sizeof(address);
+    memset(&address, 0, sizeof(address));
+    if (getsockname(connected->fd, (struct sockaddr *)&address, &length))
+        return false;
+    from_sockaddr(&address, endpoint);
+    return endpoint->family != 0;
+}
+
 epx_status_t epx__socket_listen(epx__socket_t *listener, epx__endpoint_t *endpoint)
 {
     struct sockaddr_storage address;
@@ -152,7 +189,7 @@ epx_status_t epx__socket_listen(epx__socket_t *listener, epx__endpoint_t *endpoi
         getsockname(listener->fd, (struct sockaddr *)&address, &length)) {
         int error = errno;
         epx__socket_close(listener);
-        return epx__fail(EPX_E_SYSTEM, "rendezvous: rank 0 cannot listen at %s: %s%s", text, strerror(error),
+        return epx__fail(EPX_E_SYSTEM, "rendezvous: cannot listen at %s: %s%s", text, strerror(error),
                          error == EADDRINUSE      ? " (another program or job has that port; choose one with EPX_ROOT)"
                          : error == EADDRNOTAVAIL ? " (it must be an address of the host on which rank 0 runs)"
                                                   : "");
@@ -250,4 +287,31 @@ int epx__socket_receive(const epx__socket_t *from, void *data, size_t bytes, uin
             return -1;
     }
     return 1;
+}
+
+int epx__poll(struct pollfd *polls, struct pollfd *scratch, int count, int timeout_ms)
+{
+    nfds_t used = 0;
+    for (int i = 0; i < count; i++)
+        if (polls[i].fd >= 0)
+            scratch[used++] = polls[i];
+    int ready = poll(scratch, used, timeout_ms);
+    used = 0;
+    for (int i = 0; i < count; i++)
+        polls[i].revents = polls[i].fd < 0 || ready <= 0 ? 0 : scratch[used++].revents;
+    return ready;
+}
+
+uint32_t epx__descriptors_spare(uint32_t wanted)
+{
+    uint32_t had = 0;
+    int *fds = epx__calloc(wanted, sizeof(*fds));
+    if (!fds)
+        return 0;
+    while (had < wanted && (fds[had] = eventfd(0, EFD_CLOEXEC)) >= 0)
+        had++;
+    for (uint32_t i = 0; i < had; i++)
+        close(fds[i]);
+    epx__free(fds);
+    return had;
 }

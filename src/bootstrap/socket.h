@@ -8,6 +8,8 @@
 #ifndef EPX_BOOTSTRAP_SOCKET_H
 #define EPX_BOOTSTRAP_SOCKET_H
 
+#include <poll.h>
+
 #include "base/clock.h"
 #include "bootstrap/wire.h"
 
@@ -17,8 +19,12 @@ typedef struct epx__socket {
     struct epx__socket *previous, *next;
 } epx__socket_t;
 
+/* Keep one descriptor; closing it makes room for another. False: none to be had (errno). */
+bool epx__socket_reserve(epx__socket_t *reserved);
 /* Listen at the endpoint; port 0 is any, and the one taken is written back. */
 epx_status_t epx__socket_listen(epx__socket_t *listener, epx__endpoint_t *endpoint);
+/* The address of this end of a connection, its port left out. */
+bool epx__socket_here(const epx__socket_t *connected, epx__endpoint_t *endpoint);
 /* One connection that waits, or false (errno says why). */
 bool epx__socket_accept(epx__socket_t *listener, epx__socket_t *accepted);
 /* One attempt, at most until `deadline` (ns, monotonic): 0 or errno. EPX_E_SYSTEM alone when no socket can be had. */
@@ -31,6 +37,13 @@ void epx__socket_move(epx__socket_t *to, epx__socket_t *from);
 bool epx__socket_send_now(const epx__socket_t *to, const void *data, size_t bytes);
 /* Receive exactly `bytes`: 1; 0 the peer has closed; -1 the deadline passed; -2 an error (errno). */
 int epx__socket_receive(const epx__socket_t *from, void *data, size_t bytes, uint64_t deadline_ns);
+
+/* poll(2) over those whose fd is not -1 (it refuses more entries than the process may have descriptors, open or not).
+ * `scratch` has room for `count`. All revents are written, also on failure. */
+int epx__poll(struct pollfd *polls, struct pollfd *scratch, int count, int timeout_ms);
+
+/* How many descriptors this process can have now, `wanted` at most; none is kept. */
+uint32_t epx__descriptors_spare(uint32_t wanted);
 
 /* Whole milliseconds until `deadline_ns`, rounded up, for poll(2). */
 int epx__milliseconds_until(uint64_t deadline_ns);

@@ -3,8 +3,8 @@
  *
  * One lock guards all but what is marked. The watcher thread is the only one that reads sockets; any thread that holds
  * the lock may write to them (epx__connection_flush). Words from one rank to another keep their order, since each
- * connection has one queue and rank 0 relays in the order of arrival; so news that rank k has left or died reaches a
- * rank after everything that k sent to it.
+ * connection has one queue and the middle (rank 0) relays in the order of arrival; so news that rank k has left or died
+ * reaches a rank after everything that k sent to it. When rank 0 is gone, another takes the middle: succession.c.
  *
  * Collectives: every rank sends its part to rank 0 under the operation's number (GATHER); rank 0 holds one part per
  * rank (`parts`) and, when all are there, sends the whole to all (RESULT), or words to all whose part it holds (ABORT).
@@ -19,6 +19,7 @@
 #include <sys/types.h>
 
 #include "bootstrap/bootstrap.h"
+#include "bootstrap/guests.h"
 #include "bootstrap/socket.h"
 #include "bootstrap/wire.h"
 
@@ -27,6 +28,7 @@ enum {
     EPX__KEPT_NOTICES_MAX = 32,       /* for listeners that come later */
     EPX__CLOSE_NS = 1000000000,       /* the longest that a leave may take */
     EPX__QUEUE_BYTES_MAX = 256 << 20, /* a send waits while more is queued */
+    EPX__GUESTS = 16,                 /* strangers at the successor's socket at a time */
 };
 
 typedef enum epx__rank_state { EPX__RANK_HERE = 0, EPX__RANK_LEFT = 1, EPX__RANK_DEAD = 2 } epx__rank_state_t;
@@ -50,11 +52,14 @@ typedef struct epx__queued {
 
 typedef struct epx__connection {
     epx__socket_t socket;
+    bool to_middle; /* the other end relays, and may be succeeded */
+    bool awaited;   /* it does not stand yet, but should soon: what is queued is kept until then */
     /* Outgoing. */
     epx__queued_t *first, *last;
     size_t first_sent; /* of header and payload of `first` */
     size_t queued_bytes;
     epx__queued_t bye_entry, spare_entry; /* so that leaving and giving up need no memory */
+    epx__queued_t outcome_entry;          /* so that the outcome of a collective reaches all or none */
     bool half_close;                      /* shut down for writing once the queue is empty */
     bool shut;                            /* that is done: nothing more can be sent */
     bool ended;                           /* the peer sends no more, yet may still read (while rank 0 leaves) */
@@ -63,6 +68,10 @@ typedef struct epx__connection {
     uint8_t header[EPX__FRAME_BYTES];
     size_t have;
     epx__message_t *incoming;
+    /* For the outcome of the collective under way, made before our part was sent: whoever takes part can hear how it
+     * ended. NULL when there is none, or it is in use. */
+    epx__message_t *room;
+    size_t room_bytes;
 } epx__connection_t;
 
 typedef struct epx__listener {
@@ -81,14 +90,27 @@ struct epx__bootstrap {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* anything below that a caller may wait for */
     pthread_t watcher;
-    bool watched; /* the thread exists */
-    int wake_fd;  /* eventfd: makes the watcher look again */
-    struct pollfd *polls;
+    bool watched;         /* the thread exists */
+    int wake_fd;          /* eventfd: makes the watcher look again */
+    struct pollfd *polls; /* and as much again to scratch in */
 
-    int links;               /* connections: `ranks` in rank 0 (its own unused), 1 elsewhere (to rank 0) */
-    epx__connection_t *link; /* [links] */
+    int links;               /* `ranks`, or 0 in a group of one */
+    epx__connection_t *link; /* [links] by rank: the middle has one to each other, the others one to the middle */
     uint8_t *state;          /* [ranks] epx__rank_state_t, atomic */
-    epx_status_t failed;     /* this rank itself can go on no more, and why */
+
+    /* Succession; written by the watcher. */
+    uint32_t middle;        /* who relays: rank 0 first */
+    int before;             /* the middle that has said bye and whose last words are still on their way, or -1 */
+    epx__endpoint_t *peers; /* [ranks] where each would take the middle's place */
+    epx__socket_t standby;  /* where this rank would; nobody is let in before */
+    epx__hello_t hello;     /* what this rank says to a new middle */
+    epx__guest_t *guests;   /* [EPX__GUESTS] */
+    uint8_t *tried;         /* [ranks] 1: it refuses connections, so it is gone, and a new middle will say how */
+    bool succeeded;         /* rank 0 is the middle no more */
+    uint64_t before_until_ns, try_ns, seek_until_ns, probe_ns, awaited_since_ns;
+    int probe_next; /* the rank to be probed next */
+
+    epx_status_t failed; /* this rank itself can go on no more, and why */
     char failed_words[256];
     bool closing; /* epx__bootstrap_close has begun */
     uint64_t close_by_ns;
@@ -126,6 +148,11 @@ void epx__message_append(epx__message_t **first, epx__message_t **last, epx__mes
 bool epx__connection_queue(epx__connection_t *link, epx__message_t *message, epx__queued_t *embedded);
 void epx__connection_flush(epx__connection_t *link);
 void epx__connection_close(epx__connection_t *link);
+void epx__connection_pop(epx__connection_t *link); /* drop the first message of the queue */
+/* A connection that can be used (again), its queue as it is. */
+void epx__connection_renew(epx__connection_t *link);
+/* What is still unsent goes to the front of another queue, except parts of collectives, which die with rank 0. */
+void epx__connection_move(epx__connection_t *to, epx__connection_t *from);
 
 /* Read what is there, one message at most: 1 a whole one is in *message (the caller's), 0 not yet, -1 the end (words
  * in *wrong, or NULL when the peer just closed), -2 no memory. */
@@ -142,6 +169,29 @@ void epx__relay_lost(epx__bootstrap_t *b, uint32_t rank, const char *wrong);
 /* This rank itself cannot go on. Closes all connections, so that the others notice. */
 void epx__bootstrap_fail(epx__bootstrap_t *b, epx_status_t status, const char *words);
 void epx__bootstrap_wake(epx__bootstrap_t *b);
+/* The middle: a rank is gone, tell the others. */
+void epx__relay_gone(epx__bootstrap_t *b, uint32_t rank, epx__rank_state_t how);
+/* The connection over which messages for that rank go. */
+epx__connection_t *epx__relay_way(const epx__bootstrap_t *b, uint32_t to);
+
+/* ---- succession.c: who relays when the middle is gone; by the watcher, with the lock held ------------- */
+
+/* The middle has left or died, or does not take us: choose the next. `unsent`: its connection, or NULL. */
+void epx__succession_begin(epx__bootstrap_t *b, epx__connection_t *unsent);
+void epx__succession_inherit(epx__bootstrap_t *b, epx__connection_t *unsent); /* what the last one has not taken */
+/* What is due: connect to the new middle, or look for those who should have come. Lets go of the lock meanwhile. */
+void epx__succession_turn(epx__bootstrap_t *b);
+uint64_t epx__succession_due_ns(const epx__bootstrap_t *b); /* when the next turn is, UINT64_MAX: no need */
+/* The new middle: somebody is at the door; somebody there has spoken. */
+bool epx__succession_receives(const epx__bootstrap_t *b);
+void epx__succession_accept(epx__bootstrap_t *b);
+void epx__succession_hear(epx__bootstrap_t *b, epx__guest_t *guest);
+/* The new middle has taken us. */
+void epx__succession_welcomed(epx__bootstrap_t *b);
+/* Nobody is awaited any more to whom a bye should be said, or from whom one is heard. */
+bool epx__succession_settled(const epx__bootstrap_t *b);
+/* Bye to all, or to the middle. */
+void epx__say_bye(epx__bootstrap_t *b);
 
 /* ---- collective.c ------------------------------------------------------------------------------- */
 
@@ -165,7 +215,9 @@ void epx__listeners_tell(epx__bootstrap_t *b); /* by the watcher, without the lo
 
 typedef struct epx__join {
     epx__id_t where;
-    epx__hello_t hello; /* this rank's own */
+    epx__hello_t hello;     /* this rank's own */
+    epx__socket_t *standby; /* opened on the way, its endpoint told to rank 0; NULL: none */
+    bool *unheard;          /* set when there was no socket even to speak with; may be NULL */
     uint64_t deadline_ns, timeout_ms;
 } epx__join_t;
 

@@ -9,15 +9,15 @@
 
 enum { MESSAGES_A_TURN = 64 };
 
-static uint32_t rank_behind(const epx__bootstrap_t *b, int index)
-{
-    return b->rank == 0 ? (uint32_t)index : 0;
-}
-
 static void close_all(epx__bootstrap_t *b)
 {
-    for (int i = 0; i < b->links; i++)
+    for (int i = 0; i < b->links; i++) {
+        b->link[i].awaited = false;
         epx__connection_close(&b->link[i]);
+    }
+    for (int i = 0; i < EPX__GUESTS; i++)
+        epx__socket_close(&b->guests[i].socket);
+    epx__socket_close(&b->standby); /* whoever looks for this rank finds it gone */
     pthread_cond_broadcast(&b->changed);
 }
 
@@ -29,16 +29,12 @@ static void begin_to_leave(epx__bootstrap_t *b)
     __atomic_store_n(&b->state[b->rank], EPX__RANK_LEFT, __ATOMIC_RELEASE);
     if (b->rank == 0)
         epx__collective_look(b);
-    for (int i = 0; i < b->links; i++) {
-        epx__connection_queue(&b->link[i], b->bye, &b->link[i].bye_entry);
-        /* Rank 0 goes on relaying until the others have answered; a leaf has said its last word. */
-        b->link[i].half_close = b->rank != 0;
-    }
+    epx__say_bye(b);
 }
 
 static void write_out(epx__connection_t *link)
 {
-    if (!link->socket.open)
+    if (!link->socket.open || link->awaited)
         return;
     epx__connection_flush(link);
     if (link->half_close && !link->shut && !link->first) {
@@ -50,12 +46,12 @@ static void write_out(epx__connection_t *link)
 /* Everything that others sent before they heard our bye is relayed, and the bye is through. */
 static bool has_left(epx__bootstrap_t *b)
 {
+    bool through = epx__succession_settled(b);
     for (int i = 0; i < b->links; i++) {
         const epx__connection_t *link = &b->link[i];
-        if (link->socket.open && !link->failed && !(link->ended && !link->first))
-            return epx__now_ns() >= b->close_by_ns;
+        through = through && !(link->socket.open && !link->failed && !(link->ended && !link->first));
     }
-    return true;
+    return through || epx__now_ns() >= b->close_by_ns;
 }
 
 static void read_in(epx__bootstrap_t *b, int index)
@@ -66,30 +62,48 @@ static void read_in(epx__bootstrap_t *b, int index)
         const char *wrong = NULL;
         int got = epx__connection_read(link, (uint32_t)b->ranks, &message, &wrong);
         if (got == 1)
-            epx__relay_take(b, rank_behind(b, index), message);
+            epx__relay_take(b, (uint32_t)index, message);
         else if (got == -1)
-            epx__relay_lost(b, rank_behind(b, index), wrong);
+            epx__relay_lost(b, (uint32_t)index, wrong);
         else if (got == -2)
             epx__bootstrap_fail(b, EPX_E_NOMEM, "no memory for a message of the bootstrap");
         if (got != 1)
             break;
     }
     if (link->socket.open && link->failed)
-        epx__relay_lost(b, rank_behind(b, index), "the connection broke");
+        epx__relay_lost(b, (uint32_t)index, "the connection broke");
 }
 
+/* [0] the bell, [1 + rank] connections, then the standby socket and its guests. */
 static int fill_polls(epx__bootstrap_t *b)
 {
-    b->polls[0] = (struct pollfd){.fd = b->wake_fd, .events = POLLIN};
+    struct pollfd *next = b->polls;
+    *next++ = (struct pollfd){.fd = b->wake_fd, .events = POLLIN};
     for (int i = 0; i < b->links; i++) {
         const epx__connection_t *link = &b->link[i];
-        short events = (short)((link->ended ? 0 : POLLIN) | (link->first ? POLLOUT : 0));
-        b->polls[1 + i] = (struct pollfd){.fd = link->socket.open && events ? link->socket.fd : -1, .events = events};
+        short events = (short)((link->ended ? 0 : POLLIN) | (link->first && !link->awaited ? POLLOUT : 0));
+        *next++ = (struct pollfd){.fd = link->socket.open && events ? link->socket.fd : -1, .events = events};
     }
-    return 1 + b->links;
+    if (!epx__succession_receives(b))
+        return (int)(next - b->polls);
+    *next++ = (struct pollfd){.fd = b->standby.fd, .events = POLLIN};
+    for (int i = 0; i < EPX__GUESTS; i++) {
+        const epx__socket_t *socket = &b->guests[i].socket;
+        *next++ = (struct pollfd){.fd = socket->open ? socket->fd : -1, .events = POLLIN};
+    }
+    return (int)(next - b->polls);
 }
 
-static void look(epx__bootstrap_t *b)
+static void look_at_guests(epx__bootstrap_t *b, const struct pollfd *polls)
+{
+    for (int i = 0; i < EPX__GUESTS; i++)
+        if (polls[1 + i].revents && b->guests[i].socket.open)
+            epx__succession_hear(b, &b->guests[i]);
+    if (polls[0].revents)
+        epx__succession_accept(b);
+}
+
+static void look(epx__bootstrap_t *b, int polled)
 {
     uint64_t count;
     if (b->polls[0].revents) {
@@ -107,6 +121,16 @@ static void look(epx__bootstrap_t *b)
         if (was_full && b->link[i].queued_bytes <= EPX__QUEUE_BYTES_MAX)
             pthread_cond_broadcast(&b->changed);
     }
+    if (polled > 1 + b->links)
+        look_at_guests(b, b->polls + 1 + b->links);
+}
+
+static int poll_ms(const epx__bootstrap_t *b)
+{
+    uint64_t due_ns = epx__succession_due_ns(b);
+    if (b->closing && b->close_by_ns < due_ns)
+        due_ns = b->close_by_ns;
+    return due_ns == UINT64_MAX ? -1 : epx__milliseconds_until(due_ns);
 }
 
 void *epx__watcher_main(void *bootstrap)
@@ -119,19 +143,19 @@ void *epx__watcher_main(void *bootstrap)
             close_all(b);
         if (b->closing)
             begin_to_leave(b);
+        pthread_mutex_unlock(&b->lock);
+        epx__listeners_tell(b); /* before anything that may take a while */
+        pthread_mutex_lock(&b->lock);
+        epx__succession_turn(b);
         for (int i = 0; i < b->links; i++)
             write_out(&b->link[i]);
         if (b->closing && has_left(b))
             break;
-        int count = fill_polls(b);
-        int timeout_ms = b->closing ? epx__milliseconds_until(b->close_by_ns) : -1;
+        int count = fill_polls(b), timeout_ms = poll_ms(b);
         pthread_mutex_unlock(&b->lock);
-        epx__listeners_tell(b);
-        if (poll(b->polls, (nfds_t)count, timeout_ms) < 0)
-            for (int i = 0; i < count; i++)
-                b->polls[i].revents = 0;
+        epx__poll(b->polls, b->polls + count, count, timeout_ms);
         pthread_mutex_lock(&b->lock);
-        look(b);
+        look(b, count);
     }
     close_all(b);
     pthread_mutex_unlock(&b->lock);

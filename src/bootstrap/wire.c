@@ -108,6 +108,26 @@ void epx__endpoint_text(const epx__endpoint_t *endpoint, char text[EPX__ENDPOINT
     snprintf(text, EPX__ENDPOINT_TEXT, endpoint->family == 6 ? "[%s]:%u" : "%s:%u", address, endpoint->port);
 }
 
+/* 0 family, 1 zero, 2 port, 4 address[16] */
+
+void epx__endpoint_put(const epx__endpoint_t *endpoint, uint8_t bytes[EPX__ENDPOINT_BYTES])
+{
+    bytes[0] = endpoint->family;
+    bytes[1] = 0;
+    put16(bytes + 2, endpoint->port);
+    memcpy(bytes + 4, endpoint->address, 16);
+}
+
+void epx__endpoint_get(const uint8_t bytes[EPX__ENDPOINT_BYTES], epx__endpoint_t *endpoint)
+{
+    *endpoint = (epx__endpoint_t){0};
+    if ((bytes[0] != 4 && bytes[0] != 6) || bytes[1] || !get16(bytes + 2))
+        return;
+    endpoint->family = bytes[0];
+    endpoint->port = get16(bytes + 2);
+    memcpy(endpoint->address, bytes + 4, 16);
+}
+
 /* ---- unique id ------------------------------------------------------------------------------- */
 /* 0 magic, 8 version, 10 family, 12 port, 16 address[16], 32 token[32], 64 zeros, 120 checksum */
 
@@ -144,7 +164,7 @@ const char *epx__id_decode(const epx_unique_id_t *bytes, epx__id_t *id)
 
 /* ---- hello ----------------------------------------------------------------------------------- */
 /* 0 magic, 8 protocol, 12 size, 16 token[32], 48 rank, 52 ranks, 56 version, 60 pid, 64 sizes, 72 config,
- * 80 host[64], 144 config words[256], 400 failure, 404 zeros */
+ * 80 host[64], 144 config words[256], 400 failure, 404 standby[20], 424 zeros */
 
 /* A text field: copied up to its zero, made printable, always ended. */
 static void get_text(const uint8_t *at, size_t bytes, char *text)
@@ -164,6 +184,7 @@ void epx__hello_encode(const epx__hello_t *hello, uint8_t bytes[EPX__HELLO_BYTES
     put32(bytes + 56, hello->version);
     put32(bytes + 60, hello->pid);
     put32(bytes + 400, hello->failure);
+    epx__endpoint_put(&hello->standby, bytes + 404);
     put64(bytes + 64, hello->sizes_hash);
     put64(bytes + 72, hello->config_hash);
     memcpy(bytes + 80, hello->host, strnlen(hello->host, EPX__HOST_TEXT - 1));
@@ -188,6 +209,7 @@ const char *epx__hello_parse(const uint8_t bytes[EPX__HELLO_BYTES], epx__hello_t
     hello->version = get32(bytes + 56);
     hello->pid = get32(bytes + 60);
     hello->failure = get32(bytes + 400);
+    epx__endpoint_get(bytes + 404, &hello->standby);
     hello->sizes_hash = get64(bytes + 64);
     hello->config_hash = get64(bytes + 72);
     get_text(bytes + 80, EPX__HOST_TEXT, hello->host);
@@ -208,10 +230,15 @@ bool epx__token_equal(const uint8_t a[EPX__TOKEN_BYTES], const uint8_t b[EPX__TO
 
 /* The most payload that a frame of each type may announce. */
 static const uint32_t payload_max[EPX__FRAME_TYPES] = {
-    [EPX__FRAME_WAITING] = EPX__RANKS_MAX / 8, [EPX__FRAME_REFUSE] = EPX__WORDS_MAX,
-    [EPX__FRAME_DATA] = EPX__PAYLOAD_MAX,      [EPX__FRAME_NOTICE] = EPX__NOTICE_MAX,
-    [EPX__FRAME_GATHER] = EPX__PAYLOAD_MAX,    [EPX__FRAME_RESULT] = EPX__PAYLOAD_MAX,
-    [EPX__FRAME_ABORT] = EPX__WORDS_MAX,       [EPX__FRAME_ANSWER] = EPX__RANKS_MAX / 8,
+    [EPX__FRAME_WAITING] = EPX__RANKS_MAX / 8,
+    [EPX__FRAME_REFUSE] = EPX__WORDS_MAX,
+    [EPX__FRAME_DATA] = EPX__PAYLOAD_MAX,
+    [EPX__FRAME_NOTICE] = EPX__NOTICE_MAX,
+    [EPX__FRAME_GATHER] = EPX__PAYLOAD_MAX,
+    [EPX__FRAME_RESULT] = EPX__PAYLOAD_MAX,
+    [EPX__FRAME_ABORT] = EPX__WORDS_MAX,
+    [EPX__FRAME_ANSWER] = EPX__RANKS_MAX / 8,
+    [EPX__FRAME_PEERS] = EPX__RANKS_MAX * EPX__ENDPOINT_BYTES,
 };
 
 void epx__frame_encode(const epx__frame_t *frame, uint8_t bytes[EPX__FRAME_BYTES])

@@ -15,7 +15,7 @@
 #include <epx/epx.h>
 
 enum {
-    EPX__WIRE_PROTOCOL = 1,
+    EPX__WIRE_PROTOCOL = 2,
     EPX__RANKS_MAX = 4096,
     EPX__TOKEN_BYTES = 32,
     EPX__HELLO_BYTES = 512,
@@ -24,13 +24,14 @@ enum {
     EPX__WORDS_MAX = 1000,      /* bytes of an explanation */
     EPX__NOTICE_MAX = 1024,
     EPX__ENDPOINT_TEXT = 56, /* "[IPv6]:port" and its end */
+    EPX__ENDPOINT_BYTES = 20,
     EPX__HOST_TEXT = 64,
     EPX__CONFIG_TEXT = 256,
 };
 
-/* Where rank 0 listens. */
+/* Where a rank listens. */
 typedef struct epx__endpoint {
-    uint8_t family; /* 4 or 6 */
+    uint8_t family; /* 4 or 6; 0: nowhere */
     uint16_t port;
     uint8_t address[16]; /* network order; IPv4 in the first four */
 } epx__endpoint_t;
@@ -39,6 +40,9 @@ typedef struct epx__endpoint {
 const char *epx__endpoint_parse(const char *text, epx__endpoint_t *endpoint);
 const char *epx__endpoint_parse_address(const char *text, epx__endpoint_t *endpoint); /* without port */
 void epx__endpoint_text(const epx__endpoint_t *endpoint, char text[EPX__ENDPOINT_TEXT]);
+/* As in a hello and in PEERS; what is no endpoint reads as family 0. */
+void epx__endpoint_put(const epx__endpoint_t *endpoint, uint8_t bytes[EPX__ENDPOINT_BYTES]);
+void epx__endpoint_get(const uint8_t bytes[EPX__ENDPOINT_BYTES], epx__endpoint_t *endpoint);
 
 typedef struct epx__id {
     epx__endpoint_t endpoint;
@@ -55,6 +59,7 @@ typedef struct epx__hello {
     uint32_t rank, ranks, version, pid;
     uint32_t failure; /* a status: this rank cannot take part, and says so rather than be waited for */
     uint64_t sizes_hash, config_hash;
+    epx__endpoint_t standby; /* where this rank listens, should it ever take rank 0's place */
     char host[EPX__HOST_TEXT];
     char config_words[EPX__CONFIG_TEXT];
 } epx__hello_t;
@@ -70,7 +75,7 @@ typedef enum epx__frame_type {
     EPX__FRAME_WAITING = 1, /* payload: bit r is set when rank r has come */
     EPX__FRAME_WELCOME,
     EPX__FRAME_REFUSE, /* tag: status; payload: words */
-    /* Any rank to any rank, through rank 0. */
+    /* Any rank to any rank, through the middle: rank 0, or who took its place. */
     EPX__FRAME_DATA,   /* tag; total: bytes of the whole message */
     EPX__FRAME_NOTICE, /* tag; to all */
     EPX__FRAME_BYE,
@@ -78,12 +83,13 @@ typedef enum epx__frame_type {
     EPX__FRAME_GATHER, /* sequence, tag: kind; total: bytes of the whole operation; payload: one rank's chunk */
     EPX__FRAME_GIVEUP, /* sequence; tag: status: the sender cannot take part */
     EPX__FRAME_QUERY,  /* sequence: who has not come? */
-    /* From rank 0. */
+    /* From rank 0. After it is gone, DEATH and LEFT pass both ways between its successor and the others. */
     EPX__FRAME_RESULT, /* sequence; payload: all ranks' chunks */
     EPX__FRAME_ABORT,  /* sequence; tag: status; payload: words */
     EPX__FRAME_ANSWER, /* sequence; payload as WAITING */
     EPX__FRAME_DEATH,  /* tag: the rank that is gone */
     EPX__FRAME_LEFT,   /* tag: the rank that said bye */
+    EPX__FRAME_PEERS,  /* payload: every rank's standby endpoint */
     EPX__FRAME_TYPES
 } epx__frame_type_t;
 

@@ -97,6 +97,8 @@ void epx__block_layout_make(epx__channels_t *self)
     layout->head = part(&at, self->proxies, 64);
     layout->tail = part(&at, self->proxies, 64);
     layout->asleep = part(&at, self->proxies, 64);
+    layout->bye_in = part(&at, lanes, sizeof(uint64_t));
+    layout->bye_out = part(&at, lanes, sizeof(uint64_t));
     layout->add_in = part(&at, lanes * self->window, sizeof(epx__add_slot_t));
     layout->add_out = part(&at, lanes * self->window, sizeof(epx__add_slot_t));
     layout->slots = part(&at, (size_t)self->proxies * self->fifo_slots, sizeof(epx_port_request_t));

@@ -82,6 +82,7 @@ static epx_status_t proxy_init(epx__channels_t *self, uint32_t index, epx__net_a
         return epx__fail(EPX_E_NOMEM, "proxy %u: no memory for keys of %u ranks", index, self->ranks);
     epx__net_config_t config = {.address = self->config.address,
                                 .nic = self->config.nic,
+                                .turn = self->rank * self->proxies + index,
                                 .peers_max = self->ranks,
                                 .puts_max = PUTS_MAX,
                                 .notices_max = proxy->lane_count * self->window * 2,
@@ -94,15 +95,21 @@ static epx_status_t proxy_init(epx__channels_t *self, uint32_t index, epx__net_a
     return EPX_OK;
 }
 
+void epx__proxy_close_net(epx__proxy_t *proxy)
+{
+    if (proxy->net && proxy->memory)
+        for (uint32_t m = 0; m <= proxy->owner->memory_count; m++)
+            proxy->net->ops->withdraw(proxy->net, proxy->memory[m]);
+    epx__net_close(proxy->net);
+    proxy->net = NULL;
+}
+
 static void proxy_fini(epx__proxy_t *proxy)
 {
     if (!proxy->owner)
         return;
     epx__proxy_end(proxy);
-    if (proxy->net && proxy->memory)
-        for (uint32_t m = 0; m <= proxy->owner->memory_count; m++)
-            proxy->net->ops->withdraw(proxy->net, proxy->memory[m]);
-    epx__net_close(proxy->net);
+    epx__proxy_close_net(proxy);
     if (proxy->wake_fd >= 0)
         close(proxy->wake_fd);
     free_lanes(proxy);
@@ -168,12 +175,14 @@ static epx_status_t open_proxies(epx__channels_t *self, char *mine)
     uint32_t count = self->memory_count + 1;
     char *at = mine + sizeof(uint64_t), *keys_at = at + self->proxies * sizeof(epx__net_address_t);
     self->put_bytes_max = SIZE_MAX;
+    self->any_sources = self->config.any_sources;
     for (uint32_t p = 0; p < self->proxies; p++) {
         epx__net_address_t address;
         epx__net_key_t keys[EPX__CHANNELS_MEMORIES + 1];
         EPX__TRY(proxy_init(self, p, &address, keys));
         memcpy(at + p * sizeof address, &address, sizeof address);
         memcpy(keys_at + p * count * sizeof *keys, keys, count * sizeof *keys);
+        self->any_sources = self->any_sources && self->proxy[p].net->any;
         if (self->proxy[p].net->put_bytes_max < self->put_bytes_max)
             self->put_bytes_max = self->proxy[p].net->put_bytes_max;
     }
@@ -331,6 +340,8 @@ static bool proxy_drained(epx__proxy_t *proxy)
 static void leave(epx__proxy_t *proxy, epx__deadline_t *deadline)
 {
     int stage = 0;
+    if (proxy->halted)
+        return;
     for (uint32_t turn = 0; stage < 3 && !epx__deadline_passed(deadline); turn++) {
         pthread_mutex_lock(&proxy->lock);
         if (stage == 0)

@@ -9,8 +9,9 @@
  *   target     the proxy marks what has arrived and carries out each lane in sequence order: signals counted, adds
  * done, nothing for a plain put (its bytes are there). Each counts one that is owed to the sender credit     a notice
  * of its own kind, "n more applied", outside of sequence and window; sums, so order does not matter. Told when a
- * quarter of the window is owed, and always before the proxy goes idle. n = 0 is "I leave": nothing more will be
- * applied, do not wait for it
+ * quarter of the window is owed, and always before the proxy goes idle. n = 0 is "I leave": with it come the numbers of
+ * requests applied on each channel, ever, since credit told before may arrive later; what is not among them never will
+ * be
  *
  * A lane is one channel of one peer at the receiving proxy. Its number is the same for what the peer sends and for the
  * credit it gives: (peer / proxies) * channels + channel, at proxy (peer mod proxies). Both ends compute it.
@@ -31,6 +32,7 @@
 
 #define EPX__CHANNELS_MEMORIES 16
 #define EPX__CHANNELS_PROXIES 32
+#define EPX__MEMORY_ANY UINT32_MAX /* as a source: all memory of this process; its offsets are addresses */
 
 enum { EPX__NOTICE_PUT = 0, EPX__NOTICE_SIGNAL = 1, EPX__NOTICE_ADD = 2, EPX__NOTICE_CREDIT = 3 };
 
@@ -47,6 +49,7 @@ typedef struct epx__channels_config {
     uint32_t memory_count; /* equal on all ranks */
     bool no_threads;       /* the caller steps the proxies itself (tests; algorithms that wait anyway) */
     bool device_producers; /* GPU threads push: `tickets` is GPU memory, proxies do not sleep */
+    bool any_sources;      /* requests may name EPX__MEMORY_ANY, where the network can: see epx__channels_any */
     uint64_t *tickets;     /* [epx_channels_tickets()] zeroed words, or NULL: in the host block */
     uint64_t timeout_ms;
     /* Every rank's `bytes` into all, in rank order. Collective, in create only. 0 is success. */
@@ -67,6 +70,8 @@ typedef struct epx__block_layout {
     size_t head;    /* [proxies] lines, producers */
     size_t tail;    /* [proxies] lines, proxy */
     size_t asleep;  /* [proxies] lines, proxy */
+    size_t bye_in;  /* [ranks * channels] words, the network: what a peer that leaves has applied */
+    size_t bye_out; /* [ranks * channels] words, own proxy */
     size_t add_in;  /* [ranks * channels][window] add slots, the network */
     size_t add_out; /* [ranks * channels][window] add slots, own proxy */
     size_t slots;   /* [proxies][fifo_slots] requests */
@@ -112,6 +117,7 @@ typedef struct epx__proxy {
     int wake_fd;
     atomic_uint helpers; /* threads that step this proxy while they wait: its own thread keeps out */
     atomic_bool stop;
+    bool halted; /* under `lock`: never step again; `net` is closed */
 } epx__proxy_t;
 
 struct epx_channels {
@@ -131,6 +137,7 @@ struct epx_channels {
     char words[512];
     atomic_ullong net_bytes, net_puts, credits;
     size_t put_bytes_max;
+    bool any_sources; /* asked for, and the network can */
     char why[320];
     /* src/api's: the memory channels' table, and what it must undo. */
     epx_memory_channel_t *mapped; /* [ranks * channels] or NULL */
@@ -177,6 +184,16 @@ void epx__channels_left(epx__proxy_t *proxy, uint32_t rank);
 void epx__channels_help_begin(epx__channels_t *self);
 bool epx__channels_help(epx__channels_t *self);
 void epx__channels_help_end(epx__channels_t *self);
+/* May requests name EPX__MEMORY_ANY as their source? */
+bool epx__channels_any(const epx__channels_t *self);
+/* For good: closes the endpoints, so that nothing that was pushed is read any more. Channels refuse what comes. */
+void epx__channels_halt(epx__channels_t *self);
+/* Under the proxy's lock, or when nobody else has it: withdraw its memory, close its endpoint. */
+void epx__proxy_close_net(epx__proxy_t *proxy);
+/* Room for n more requests on this channel, whose only producer asks: pushing them will not wait. */
+bool epx__channels_room(const epx_port_channel_t *channel, uint64_t n);
+/* Everything pushed on this channel, whose only producer asks, has taken effect at the peer. */
+bool epx__channels_applied(const epx_port_channel_t *channel);
 /* Somebody else knows that `rank` is gone (the bootstrap). Any thread. */
 void epx__channels_lost(epx__channels_t *self, int rank);
 

@@ -74,14 +74,32 @@ static epx_status_t apply(epx__proxy_t *proxy, epx__lane_t *lane)
     return EPX_OK;
 }
 
+/* A peer leaves: what it has applied of each channel is told, the rest never will be. */
+static epx_status_t take_bye(epx__proxy_t *proxy, const epx__lane_t *lane)
+{
+    epx__channels_t *self = proxy->owner;
+    const uint64_t *applied = (const uint64_t *)(void *)(self->block + self->layout.bye_in) + lane->number;
+    for (uint32_t c = 0; c < self->channels; c++) {
+        const epx__lane_t *each = &proxy->lanes[epx__channels_lane(self, lane->rank, c)];
+        uint64_t *acked = counter(proxy, each, self->layout.acked), told = __atomic_load_n(acked, __ATOMIC_RELAXED);
+        if (applied[c] > each->sent)
+            return epx__fail(EPX_E_NET, "rank %u leaves and says that %llu requests of channel %u are applied of %llu",
+                             lane->rank, (unsigned long long)applied[c], c, (unsigned long long)each->sent);
+        if (applied[c] > told && !each->dead)
+            grow(acked, applied[c] - told);
+    }
+    epx__channels_left(proxy, lane->rank);
+    return EPX_OK;
+}
+
 static epx_status_t take_credit(epx__proxy_t *proxy, epx__lane_t *lane, uint32_t n)
 {
     uint64_t *acked = counter(proxy, lane, proxy->owner->layout.acked);
     uint64_t told = __atomic_load_n(acked, __ATOMIC_RELAXED);
-    if (n == 0) {
-        epx__channels_left(proxy, lane->rank);
+    if (n == 0)
+        return take_bye(proxy, lane);
+    if (lane->dead) /* it has left: its bye said more */
         return EPX_OK;
-    }
     if (n > lane->sent - told)
         return epx__fail(EPX_E_NET, "rank %u says that %u more requests are applied, but only %llu are under way",
                          lane->rank, n, (unsigned long long)(lane->sent - told));
@@ -121,6 +139,21 @@ epx_status_t epx__lane_notice(epx__proxy_t *proxy, uint32_t notice)
     return status;
 }
 
+/* With the notice that we leave: what has been applied of all channels of this lane's peer. */
+static void fill_bye(epx__proxy_t *proxy, const epx__lane_t *lane, epx__net_put_t *put)
+{
+    epx__channels_t *self = proxy->owner;
+    size_t mine = (size_t)lane->rank * self->channels * sizeof(uint64_t);
+    uint64_t *applied = (uint64_t *)(void *)(self->block + self->layout.bye_out + mine);
+    for (uint32_t c = 0; c < self->channels; c++)
+        applied[c] = proxy->lanes[epx__channels_lane(self, lane->rank, c)].next;
+    put->memory = proxy->memory[self->memory_count];
+    put->offset = self->layout.bye_out + mine;
+    put->to = &proxy->keys[(size_t)lane->rank * (self->memory_count + 1) + self->memory_count];
+    put->to_offset = self->layout.bye_in + (size_t)self->rank * self->channels * sizeof(uint64_t);
+    put->bytes = self->channels * sizeof(uint64_t);
+}
+
 /* One credit notice (0: we leave). EPX_E_BUSY: later. */
 static epx_status_t tell(epx__proxy_t *proxy, epx__lane_t *lane, uint32_t n)
 {
@@ -128,6 +161,8 @@ static epx_status_t tell(epx__proxy_t *proxy, epx__lane_t *lane, uint32_t n)
                           .notice = epx__notice(proxy->owner, EPX__NOTICE_CREDIT, lane->lane_there, n),
                           .with_notice = true,
                           .cookie = lane->rank};
+    if (n == 0)
+        fill_bye(proxy, lane, &put);
     epx_status_t status = proxy->net->ops->put(proxy->net, &put);
     if (status == EPX_OK) {
         lane->owed -= n;

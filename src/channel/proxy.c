@@ -149,10 +149,11 @@ static epx_status_t fill_put(epx__proxy_t *proxy, const epx__lane_t *lane, const
     put->bytes = field(&request->bytes);
     if (put->bytes == 0)
         return EPX_OK;
-    if (source >= self->memory_count || destination >= self->memory_count)
+    bool any = source == EPX__MEMORY_ANY && epx__channels_any(self);
+    if ((source >= self->memory_count && !any) || destination >= self->memory_count)
         return epx__fail(EPX_E_INVALID, "put to rank %u: source memory %u, destination memory %u of %u", lane->rank,
                          source, destination, self->memory_count);
-    put->memory = proxy->memory[source];
+    put->memory = any ? proxy->net->any : proxy->memory[source];
     put->offset = field(&request->source_offset);
     put->to = &proxy->keys[(size_t)lane->rank * (self->memory_count + 1) + destination];
     put->to_offset = field(&request->destination_offset);
@@ -240,6 +241,8 @@ bool epx__proxy_step(epx__proxy_t *proxy)
 {
     epx__net_event_t events[EVENTS_A_PASS];
     uint32_t count = 0;
+    if (proxy->halted)
+        return false;
     uint32_t requests = take_requests(proxy);
     epx_status_t status = proxy->net->ops->progress(proxy->net, events, EVENTS_A_PASS, &count);
     if (status != EPX_OK)
@@ -255,7 +258,7 @@ bool epx__proxy_step(epx__proxy_t *proxy)
 
 bool epx__proxy_idle(epx__proxy_t *proxy)
 {
-    return !committed(proxy) && proxy->owing_count == 0;
+    return proxy->halted || (!committed(proxy) && proxy->owing_count == 0);
 }
 
 /* ---- the thread ---- */
@@ -286,7 +289,7 @@ static void sleep_until_called(epx__proxy_t *proxy)
     __atomic_store_n(asleep, 1, __ATOMIC_RELAXED);
     epx_fence_sc_sys();
     pthread_mutex_lock(&proxy->lock);
-    int fd = proxy->net->ops->wait_fd(proxy->net);
+    int fd = proxy->halted ? -1 : proxy->net->ops->wait_fd(proxy->net);
     bool sleep = epx__proxy_idle(proxy) && (fd < 0 || proxy->net->ops->arm(proxy->net));
     pthread_mutex_unlock(&proxy->lock);
     if (sleep && !atomic_load(&proxy->stop))
@@ -333,6 +336,37 @@ void epx__proxy_end(epx__proxy_t *proxy)
     epx__proxy_wake(proxy);
     pthread_join(proxy->thread, NULL);
     proxy->started = false;
+}
+
+bool epx__channels_any(const epx__channels_t *self)
+{
+    return self->any_sources;
+}
+
+void epx__channels_halt(epx__channels_t *self)
+{
+    for (uint32_t i = 0; i < self->proxies; i++) {
+        pthread_mutex_lock(&self->proxy[i].lock);
+        if (!self->proxy[i].halted) {
+            self->proxy[i].halted = true;
+            self->proxy[i].net->unclean = true;
+            epx__proxy_close_net(&self->proxy[i]);
+        }
+        pthread_mutex_unlock(&self->proxy[i].lock);
+    }
+    epx__channels_fault(self, -1, EPX_E_BROKEN, "port channels: halted after an operation that failed");
+}
+
+bool epx__channels_room(const epx_port_channel_t *channel, uint64_t n)
+{
+    uint64_t under_way = epx_ld_relaxed_sys_u64(channel->issued) - epx_ld_acquire_sys_u64(channel->acked);
+    uint64_t queued = epx_ld_relaxed_sys_u64(channel->fifo_head) - epx_ld_acquire_sys_u64(channel->fifo_tail);
+    return under_way + n <= channel->window && queued + n <= channel->slot_count;
+}
+
+bool epx__channels_applied(const epx_port_channel_t *channel)
+{
+    return epx_ld_acquire_sys_u64(channel->acked) >= epx_ld_relaxed_sys_u64(channel->issued);
 }
 
 void epx__channels_help_begin(epx__channels_t *self)

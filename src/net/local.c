@@ -23,6 +23,8 @@ epx_status_t epx__local_init(epx__local_t *self, const epx__net_ops_t *ops, cons
     self->net.ops = ops;
     self->net.put_bytes_max = SIZE_MAX / 2;
     self->net.why = self->why_text;
+    self->any = (struct epx__net_memory){.bytes = SIZE_MAX};
+    self->net.any = &self->any;
     self->peers_max = config->peers_max;
     self->puts_max = config->puts_max;
     self->notices_max = config->notices_max;

@@ -37,7 +37,8 @@ typedef struct epx__local {
     uint32_t notices, notices_max; /* on their way here, or in `events` */
     epx__net_event_t *events;      /* ring, [events_max] */
     uint32_t event_head, event_count, events_max;
-    struct epx__local *next; /* in the list */
+    struct epx__local *next;    /* in the list */
+    struct epx__net_memory any; /* net.any */
     char why_text[160];
 } epx__local_t;
 

@@ -18,12 +18,15 @@
 
 #include <epx/status.h>
 
-#define EPX__NET_ABI 1u
+#include "net/nic.h"
+
+#define EPX__NET_ABI 2u
 
 typedef struct epx__net_config {
     const char *argument; /* what follows the colon of "ofi:tcp" or "sim:7"; NULL when nothing does */
     const char *address;  /* IP to listen on; NULL: the network's choice */
-    const char *nic;      /* interface or device by name; NULL: the network's choice */
+    const char *nic;      /* interface or device by name; NULL: the nearest (net/nic.h) */
+    uint32_t turn;        /* which of several equally near ones: modulo their number */
     uint32_t peers_max;
     uint32_t puts_max;    /* puts of this endpoint under way at once */
     uint32_t notices_max; /* notices on their way to this endpoint at once */
@@ -97,11 +100,19 @@ typedef struct epx__net_ops {
 /* The part of every endpoint that the table's users see. */
 struct epx__net {
     const epx__net_ops_t *ops;
-    size_t put_bytes_max; /* of one put; the caller splits */
-    const char *why;      /* one line: what was chosen and why. Lives as long as the endpoint */
-    bool device_memory;   /* enroll takes GPU memory */
-    bool unclean;         /* set by the user before close: some peer was lost, or did not say that all is done */
+    size_t put_bytes_max;         /* of one put; the caller splits */
+    const char *why;              /* one line: what was chosen and why. Lives as long as the endpoint */
+    bool device_memory;           /* enroll takes GPU memory */
+    const epx__net_memory_t *any; /* stands for all of this process's memory as a source: its offsets are addresses.
+                                     NULL: sources must be enrolled */
+    bool unclean; /* set by the user before close: some peer was lost, or did not say that all is done */
 };
+
+/* Where in a memory a put's bytes come from. By numbers: the memory that stands for all begins at address 0. */
+static inline const char *epx__net_at(const char *base, size_t offset)
+{
+    return (const char *)((uintptr_t)base + offset);
+}
 
 /*
  * Open the endpoint that `spec` names: "ofi", "ofi:PROVIDER", "loop", "sim", "sim:SEED"; NULL or "" is "ofi".
@@ -129,6 +140,9 @@ typedef struct epx__net_host {
     void (*free)(void *memory);
     epx_status_t (*put_check)(const epx__net_put_t *put, size_t local_bytes);
     uint64_t (*now_ns)(void);
+    void (*nic_look)(const char *root, epx__nic_t *nic);
+    int (*nic_here)(void);
+    int (*nic_choose)(const epx__nic_t *nics, int count, int node, uint32_t turn, int *near);
 } epx__net_host_t;
 
 /* The plug-in's only symbol: "epx_ofi_plugin". NULL when the ABI is another. */

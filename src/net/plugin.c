@@ -22,6 +22,9 @@ static const epx__net_host_t host = {
     .free = epx__free,
     .put_check = epx__net_put_check,
     .now_ns = epx__now_ns,
+    .nic_look = epx__nic_look,
+    .nic_here = epx__nic_here,
+    .nic_choose = epx__nic_choose,
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;

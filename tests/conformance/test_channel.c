@@ -281,8 +281,9 @@ static void range_body(net_rank_t *self)
         CHECK(epx_port_flush(channel) == EPX_E_INVALID, "its fault");
         CHECK(epx_channels_status(self->channels) == EPX_E_INVALID, "status");
         CHECK(strstr(epx__detail(), "4090") != NULL, "words: %s", epx__detail());
-        CHECK(epx_port_signal(net_port(self, 2, 0)) == EPX_OK && epx_port_flush(net_port(self, 2, 0)) == EPX_OK,
-              "channels to others go on: %s", epx__detail());
+        epx_status_t pushed = epx_port_signal(net_port(self, 2, 0)), flushed = epx_port_flush(net_port(self, 2, 0));
+        CHECK(pushed == EPX_OK && flushed == EPX_OK, "channels to others go on: %s, %s", epx_status_name(pushed),
+              epx_status_name(flushed));
     }
     if (self->rank == 2) {
         CHECK(epx_port_wait(net_port(self, 0, 0), 1) == EPX_OK, "from rank 0");
@@ -301,8 +302,40 @@ static void range_body(net_rank_t *self)
 static void test_ranges(void)
 {
     epx__channels_config_t config = plain(2, 16, 32);
-    config.timeout_ms = 1000;
     net_world_run(3, &config, 4096, range_body, NULL);
+}
+
+/* ---- a peer that leaves: what it has done stays done, however its last messages overtake each other ---- */
+
+static void leave_body(net_rank_t *self)
+{
+    enum { SIGNALS = 24 };
+    const epx_port_channel_t *channel = net_port(self, 1 - self->rank, 1);
+    if (self->rank == 1) {
+        CHECK(epx_port_wait(channel, SIGNALS) == EPX_OK, "%s: signals", spec);
+        epx__channels_destroy(self->channels);
+        self->channels = NULL;
+        return;
+    }
+    for (int i = 0; i < SIGNALS; i++)
+        CHECK(epx_port_signal(channel) == EPX_OK, "%s: signal %d", spec, i);
+    epx_status_t flushed = epx_port_flush(channel), refused = EPX_OK;
+    CHECK(flushed == EPX_OK, "%s: all was applied before the peer left, but flush says %s", spec,
+          epx_status_name(flushed));
+    epx__deadline_t deadline = epx__deadline_ms(timeout_ms);
+    while (refused == EPX_OK && !epx__deadline_passed(&deadline)) { /* until its bye is here; the window bounds it */
+        refused = epx_port_signal(channel);
+        epx_host_wait_turn(2000);
+    }
+    CHECK(refused == EPX_E_PEER, "%s: a signal to a peer that has left: %s", spec, epx_status_name(refused));
+}
+
+static void test_leave(void)
+{
+    epx__channels_config_t config = plain(2, 32, 64);
+    int turns = strncmp(spec, "sim", 3) == 0 ? 25 : 1; /* there a bye may overtake credit, now and then */
+    for (int turn = 0; turn < turns; turn++)
+        net_world_run(2, &config, 4096, leave_body, NULL);
 }
 
 static epx_status_t alone(void *context, const void *mine, size_t bytes, void *all)
@@ -383,6 +416,7 @@ static void suite(uint32_t rows, int full)
     test_ring(2, rows, 4, 2, 1, 1);
     test_adds(rows, 4, 4);
     test_idle_credit();
+    test_leave();
     if (!full)
         return;
     test_ring(3, rows / 2, 8, 8, 2, 1);

@@ -111,6 +111,8 @@ static void group_calls(xt_rank_t *self)
     REFUSE(epx_group_create(&c, &g), "ranks_per_domain");
     c = right, c.device = -1;
     REFUSE(epx_group_create(&c, &g), "device");
+    c = right, c.timeout_ms = UINT64_MAX;
+    REFUSE(epx_group_create(&c, &g), "timeout_ms is 18446744073709551615; at most");
     c = right, c.threads = -1;
     REFUSE(epx_group_create(&c, &g), "threads is -1");
     XT_OK(self, epx_unique_id_create(NULL, &id));
@@ -135,6 +137,7 @@ static void group_queries(xt_rank_t *self)
     REFUSE(epx_group_get_info(self->group, NULL), "NULL");
     REFUSE(epx_group_get_info(self->group, &info), "size is 1");
     REFUSE(epx_group_barrier(NULL, 0), "NULL");
+    REFUSE(epx_group_barrier(self->group, (uint64_t)1 << 50), "timeout_ms is 1125899906842624");
     REFUSE(epx_group_allgather(NULL, "x", 1, all), "NULL");
     REFUSE(epx_group_allgather(self->group, NULL, 1, all), "NULL");
     REFUSE(epx_group_allgather(self->group, "x", 1, NULL), "NULL");
@@ -193,6 +196,16 @@ static void buffer_calls(xt_rank_t *self)
     REFUSE(epx_buffer_create(self->group, &c, &b), "leases_max 1073741824");
     c = right, c.sms = -4;
     REFUSE(epx_buffer_create(self->group, &c, &b), "sms is -4");
+    c = right, c.timeout_ms = UINT64_MAX;
+    REFUSE(epx_buffer_create(self->group, &c, &b), "timeout_ms is 18446744073709551615");
+    c = right, c.ll_tokens_max = 4;
+    REFUSE(epx_buffer_create(self->group, &c, &b), "ll_hidden_max is 0");
+    c = right, c.ll_tokens_max = 4, c.ll_hidden_max = 12;
+    REFUSE(epx_buffer_create(self->group, &c, &b), "ll_hidden_max is 12");
+    c = right, c.ll_tokens_max = 1u << 30, c.ll_hidden_max = 8;
+    REFUSE(epx_buffer_create(self->group, &c, &b), "ll_tokens_max 1073741824");
+    c = right, c.ll_tokens_max = 4, c.ll_hidden_max = 8, c.ll_slots = 1u << 20;
+    REFUSE(epx_buffer_create(self->group, &c, &b), "ll_slots 1048576");
     c = right, c.expert_rank = map;
     REFUSE(epx_buffer_create(self->group, &c, &b), "expert_rank");
     c = right, c.expert_rank = map, c.experts = EXPERTS;
@@ -292,6 +305,12 @@ static void layout_calls(xt_rank_t *self, epx_buffer_t *b, room_t *r)
     REFUSE(epx_layout(b, &l, NULL), "topk_idx is NULL");
     l = right, l.topk_idx = (const char *)r->ids + 4;
     REFUSE(epx_layout(b, &l, NULL), "8-byte aligned");
+    l = right, l.tokens_per_rank = (int32_t *)((char *)r->ids + 2);
+    REFUSE(epx_layout(b, &l, NULL), "tokens_per_rank is at");
+    l = right, l.tokens_per_domain = (int32_t *)((char *)r->ids + 1);
+    REFUSE(epx_layout(b, &l, NULL), "tokens_per_domain is at");
+    l = right, l.tokens_per_expert = (int32_t *)((char *)r->ids + 3);
+    REFUSE(epx_layout(b, &l, NULL), "tokens_per_expert is at");
     XT_CHECK(self, counts[0] == -5, "an output was written");
 }
 
@@ -314,6 +333,10 @@ static void rows_calls(xt_rank_t *self, epx_rows_t right, epx_status_t (*call)(v
     REFUSE(call(context, &r), "x_stride_bytes is 72");
     r = right, r.x_stride_bytes = ROW - 16;
     REFUSE(call(context, &r), "x_stride_bytes is 48");
+    r = right, r.x_stride_bytes = (size_t)1 << 62;
+    REFUSE(call(context, &r), "x_stride_bytes is 4611686018427387904; with 8 of them");
+    r = right, r.x_stride_bytes = SIZE_MAX - 15;
+    REFUSE(call(context, &r), "more than any memory");
     r = right, r.side = side;
     REFUSE(call(context, &r), "side_elems is 0");
     r = right, r.side = side, r.side_elems = 1, r.side_elem_bytes = 3;
@@ -328,6 +351,12 @@ static void rows_calls(xt_rank_t *self, epx_rows_t right, epx_status_t (*call)(v
     REFUSE(call(context, &r), "side strides");
     r = right, r.side = side, r.side_elems = 1, r.side_elem_bytes = 4, r.side_elem_stride_bytes = 2;
     REFUSE(call(context, &r), "side strides");
+    r = right, r.side = side, r.side_elems = 1, r.side_elem_bytes = 4, r.side_token_stride_bytes = INT64_MIN;
+    REFUSE(call(context, &r), "side_token_stride_bytes is -9223372036854775808");
+    r = right, r.side = side, r.side_elems = 8, r.side_elem_bytes = 4, r.side_elem_stride_bytes = INT64_MAX - 3;
+    REFUSE(call(context, &r), "side_elem_stride_bytes is 9223372036854775804");
+    r = right, r.side = side, r.side_elems = 0xffffffffu, r.side_elem_bytes = 8;
+    REFUSE(call(context, &r), "at most 2^24");
 }
 
 typedef struct begin_call {
@@ -385,6 +414,10 @@ static void begin_calls(xt_rank_t *self, epx_buffer_t *b, room_t *r)
     REFUSE(epx_dispatch_begin(b, &d, NULL, &h), "recv_tokens_max");
     d = right, d.sms = -1;
     REFUSE(epx_dispatch_begin(b, &d, NULL, &h), "sms is -1");
+    d = right, d.timeout_ms = UINT64_MAX;
+    REFUSE(epx_dispatch_begin(b, &d, NULL, &h), "timeout_ms is 18446744073709551615");
+    d = right, d.topk = 33;
+    REFUSE(epx_dispatch_begin(b, &d, NULL, &h), "topk is 33");
     begin_call_t c = {b, right, untouched};
     rows_calls(self, right.rows, begin_rows, &c);
     epx_received_t received = {.size = sizeof received};
@@ -472,6 +505,10 @@ static void combine_calls(xt_rank_t *self, epx_handle_t *h, const epx_received_t
     REFUSE(epx_combine(h, &c, NULL), "topk_weights is at");
     c = right, c.sms = -2;
     REFUSE(epx_combine(h, &c, NULL), "sms is -2");
+    c = right, c.timeout_ms = UINT64_MAX / 1000;
+    REFUSE(epx_combine(h, &c, NULL), "timeout_ms is 18446744073709551");
+    c = right, c.x_stride_bytes = (size_t)1 << 60; /* times 16 rows is 0: seen as inside a lease */
+    REFUSE(epx_combine(h, &c, NULL), "x_stride_bytes is 1152921504606846976");
     XT_CHECK(self, r->out[0] == 0x33, "an output was written");
     XT_OK(self, epx_combine(h, &right, NULL));
 }

@@ -245,6 +245,30 @@ static void flood(void)
     free(all);
 }
 
+/* Rank 2 has come and dies while rank 3 is still awaited: nobody waits for the deadline. */
+static void dies_while_gathering(void)
+{
+    epx_unique_id_t id = new_id();
+    uint8_t hello[EPX__HELLO_BYTES], answer[EPX__FRAME_BYTES];
+    gathered_t *all = gather_make(4, &id, 9000, NULL, NULL);
+    gather_start(&all[0]);
+    gather_start(&all[1]);
+    epx__join_t join = a_join(&id, 2, 4, 9000);
+    epx__hello_encode(&join.hello, hello);
+    int fd = knock(&id, hello, sizeof(hello));
+    CHECK(recv(fd, answer, sizeof(answer), MSG_WAITALL) == (ssize_t)sizeof(answer)); /* rank 0 has taken us in */
+    epx__sleep_ns(200000000);
+    uint64_t start = epx__now_ns();
+    close(fd);
+    gather_wait(&all[1]);
+    CHECK(seconds_since(start) < 1, "%.2f s", seconds_since(start));
+    gather_wait(&all[0]); /* which waits a little for rank 3, to tell it too */
+    CHECK(seconds_since(start) < 3, "%.2f s", seconds_since(start));
+    for (int rank = 0; rank < 2; rank++)
+        expect(&all[rank], EPX_E_PEER, "rank 2 is gone");
+    free(all);
+}
+
 static void wait_for_death(gathered_t *one)
 {
     CHECK(one->status == EPX_OK, "rank %d: %s", one->rank, one->detail);
@@ -337,6 +361,7 @@ static void clean_bye(gathered_t *one)
     if (one->rank == 1) {
         CHECK(epx__bootstrap_send(one->bootstrap, 0, 1, &word, sizeof(word)) == EPX_OK);
         CHECK(epx__bootstrap_send(one->bootstrap, 2, 1, &word, sizeof(word)) == EPX_OK);
+        epx__bootstrap_off_death(one->bootstrap, slot);
         return; /* and close */
     }
     epx_status_t status = epx__bootstrap_barrier(one->bootstrap, 8000);
@@ -590,6 +615,7 @@ int main(void)
     step("stopped peer", &count, &live);
     missing_rank(2);
     missing_rank(0);
+    dies_while_gathering();
     step("missing", &count, &live);
     duplicate_rank();
     other_configuration();

@@ -1,22 +1,19 @@
 /*
- * What goes wrong between ranks: one stays away, stalls, is killed, calls something else, fails, destroys its buffer or
- * runs out of memory, at every stage. The others must get an error that names it, in time, and be able to go on with a
+ * What goes wrong between ranks: one stays away, stalls, is killed, calls something else, fails, or destroys its
+ * buffer, at every stage. The others must get an error that names it, in time, and be able to go on with a
  * new group.
  *
  *     fault_test_ht_fault [part of a test's name]
  */
 #include "common/world.h"
 
-#include "base/alloc.h"
 #include "base/clock.h"
 
-#include <dirent.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 enum { TOKENS = 6, TOPK = 2, ROW = 64, DEADLINE_MS = 400, LIMIT_MS = 1000 };
@@ -512,82 +509,6 @@ static void body_destroyed(xt_rank_t *self)
     trip_close(&t);
 }
 
-/* ---- memory runs out ---- */
-
-typedef struct oom {
-    uint64_t at;
-    bool sticky;
-    atomic_long *made; /* shared: allocations that rank 1 made, when none failed */
-} oom_t;
-
-static int count_entries(const char *path)
-{
-    int n = 0;
-    DIR *dir = opendir(path);
-    while (dir && readdir(dir))
-        n++;
-    if (dir)
-        closedir(dir);
-    return n;
-}
-
-/* Rank 1's n-th allocation fails, from before the group to after the buffer. */
-static void body_oom(xt_rank_t *self)
-{
-    const oom_t *oom = self->context;
-    epx_group_t *group = NULL;
-    epx_buffer_t *buffer = NULL;
-    epx_buffer_config_t b = {.size = sizeof b, .lease_bytes = 64u << 10, .reserve_bytes = 64u << 10, .handles_max = 2};
-    b.tokens_max = 8;
-    b.leases_max = 4;
-    b.experts_max = 16;
-    epx_group_config_t g = {.timeout_ms = 300, .threads = 2};
-    epx_unique_id_t id;
-    if (self->rank == 0) /* what every process has once, before it is counted */
-        epx_unique_id_create(NULL, &id);
-    int64_t live = epx__alloc_live();
-    int files = count_entries("/proc/self/fd");
-    uint64_t made = epx__alloc_count();
-    if (self->rank == 1)
-        epx__alloc_fail_at(oom->at, oom->sticky);
-    epx_status_t status = xt_group(self, 0, &g, &group);
-    const char *where = "group";
-    XT_CHECK(self, status != EPX_OK || group, "no group");
-    XT_CHECK(self, status == EPX_OK || (!group && epx_error_detail()[0]), "no words, or an output");
-    if (status == EPX_OK) {
-        where = "buffer";
-        status = epx_buffer_create(group, &b, &buffer);
-        XT_CHECK(self, status == EPX_OK || (!buffer && epx_error_detail()[0]), "no words, or an output");
-    }
-    made = epx__alloc_count() - made;
-    bool failed = self->rank == 1 && made >= oom->at; /* this rank's allocation did fail */
-    if (self->rank == 1) {
-        epx__alloc_fail_at(0, 0);
-        XT_CHECK(self, failed == (status != EPX_OK), "allocation %lu of %lu failed, %s: %s", (unsigned long)oom->at,
-                 (unsigned long)made, epx_status_name(status), epx_error_detail());
-        if (!failed)
-            atomic_store(oom->made, (long)made);
-    }
-    xt_mark(self, 0);
-    if (status != EPX_OK)
-        xt_mark(self, 1);
-    xt_wait_mark(self, 0, 2);
-    /* The very last message of the last step cannot be agreed on: then rank 0 learns with its next call. */
-    if (status == EPX_OK && atomic_load(&self->world->mark[1]) > 0) {
-        XT_CHECK(self, strcmp(where, "buffer") == 0, "only one rank knows that the %s failed", where);
-        status = epx_buffer_barrier(buffer, NULL);
-        XT_CHECK(self, status != EPX_OK && names(epx_error_detail(), 1), "allocation %lu: %s: %s",
-                 (unsigned long)oom->at, epx_status_name(status), epx_error_detail());
-    }
-    epx_buffer_destroy(buffer);
-    epx_group_destroy(group);
-    usleep(2000);
-    XT_CHECK(self, epx__alloc_live() == live || self->rank == 0, "allocation %lu: %ld blocks left",
-             (unsigned long)oom->at, (long)(epx__alloc_live() - live));
-    XT_CHECK(self, count_entries("/proc/self/fd") <= files || self->rank == 0, "allocation %lu: %d descriptors left",
-             (unsigned long)oom->at, count_entries("/proc/self/fd") - files);
-}
-
 /* ---- main ---- */
 
 static const char *part = "";
@@ -604,29 +525,6 @@ static void run_one(const char *name, const char *detail, int ranks, bool proces
     r.may_die = may_die;
     r.limit_ms = 30000;
     xt_run(&r);
-}
-
-/* One allocation after the other, until one is never reached. */
-static void run_oom(void)
-{
-    long failed = 0;
-    if (!strstr("memory runs out", part))
-        return;
-    atomic_long *made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (made == MAP_FAILED)
-        exit(3);
-    uint64_t n = 1;
-    for (; atomic_load(made) == 0 && failed < 5 && n < 1000; n++) {
-        oom_t oom = {.at = n, .sticky = n % 5 == 0, .made = made};
-        char name[64];
-        snprintf(name, sizeof name, "memory runs out at %lu", (unsigned long)n);
-        xt_run_t r = {.name = name, .ranks = 2, .processes = true, .no_group = true, .quiet = true, .body = body_oom};
-        r.context = &oom;
-        r.limit_ms = 20000;
-        failed += xt_run(&r);
-    }
-    printf("%lu allocations failed, one by one\n", (unsigned long)n - 2);
-    munmap(made, sizeof *made);
 }
 
 int main(int argc, char **argv)
@@ -653,6 +551,5 @@ int main(int argc, char **argv)
         run_one(plan.stop ? "stopped in the middle" : "killed in the middle", "", 4, true, body_killed, &plan,
                 1ull << plan.victim);
     }
-    run_oom();
     return xt_done();
 }

@@ -1,5 +1,6 @@
 #!/bin/bash
-# make gpu-test: build on a machine with GPUs and run everything of tests/gpu under a time limit; print one table.
+# make gpu-test: build on a machine with GPUs and run everything of tests/gpu under a time limit; print one table, and
+# the figures of low latency.
 # tests/gpu/run.sh [build folder] [logs folder] [percent of the iterations]. Needs cmake, a C compiler and nvcc; no network.
 set -u
 source=$(cd "$(dirname "$0")/../.." && pwd)
@@ -13,7 +14,7 @@ if [ ! -e /dev/nvidiactl ]; then
 fi
 generator=""
 command -v ninja >/dev/null && generator="-G Ninja"
-targets="epx epx_cuda gpu_test_differential gpu_test_stress gpu_test_graph gpu_test_fault gpu_test_bounds gpu_test_domains"
+targets="epx epx_cuda epx_command epx_bench_cuda gpu_test_differential gpu_test_stress gpu_test_graph gpu_test_fault gpu_test_bounds gpu_test_domains"
 if ! { cmake -S "$source" -B "$build" $generator -DCMAKE_BUILD_TYPE=Release -DEPX_WITH_CUDA=ON &&
     cmake --build "$build" -j "$(nproc)" --target $targets $(cd "$source/tests/gpu" && ls test_ll*.c* | sed 's/^/gpu_/; s/[.].*//'); } >"$logs/build.log" 2>&1; then
     tail -40 "$logs/build.log"
@@ -56,6 +57,9 @@ if [ -n "${EPX_GPU_SANITIZE:-}" ] && command -v compute-sanitizer >/dev/null; th
             "$tests/gpu_test_bounds" 2
     done
 fi
+run bench_ll 500 "$source/tests/gpu/bench.sh" "$build" 20 ll
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 printf '%s' "$table"
+printf '\nLow latency (docs/PERFORMANCE.md has the columns), all of it in %s\n' "$logs/bench_ll.log"
+grep -E '^(==|  |# op|epx)' "$logs/bench_ll.log"
 exit $failed

@@ -255,3 +255,112 @@ def low_latency(group, device, num_tokens=30, hidden=1024, num_topk=4, num_exper
     assert torch.equal(total, want_total)
     buffer.destroy()
     return True
+
+
+def internode(group, device, num_tokens=90, hidden=256, num_topk_groups=2, num_topk=4, num_experts=None):
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    num_experts = num_experts or 8 * num_ranks
+    torch.manual_seed(rank)
+    buffer = Buffer(group, int(1e8), int(1e8), low_latency_mode=False, num_qps_per_rank=12, explicitly_destroy=True)
+    num_nodes = buffer.runtime.get_num_rdma_ranks()
+    num_local_ranks = num_ranks // num_nodes
+    assert num_nodes > 1
+
+    x = torch.ones((num_tokens, hidden), dtype=torch.bfloat16, device=device) * rank
+    x_pure_rand = torch.randn((num_tokens, hidden), dtype=torch.bfloat16, device=device)
+    x_e4m3 = per_token_cast_to_fp8(x)
+    x_e4m3 = (x_e4m3[0], x_e4m3[1].T.contiguous().T)
+    # Gating limited to groups: a token's experts lie in a few nodes.
+    scores = torch.randn((num_tokens, num_experts), dtype=torch.float32, device=device).abs() + 1
+    group_scores = scores.view(num_tokens, num_nodes, -1).amax(dim=-1)
+    group_idx = torch.topk(group_scores, k=min(num_topk_groups, num_nodes), dim=-1, sorted=False).indices
+    keep = torch.zeros((num_tokens, num_nodes), dtype=torch.bool, device=device).scatter_(1, group_idx, True)
+    scores = (scores.view(num_tokens, num_nodes, -1) * keep.unsqueeze(-1)).view(num_tokens, -1)
+    topk_idx = torch.topk(scores, num_topk, dim=-1, largest=True, sorted=False)[1].to(deep_ep.topk_idx_t)
+    topk_weights = torch.ones((num_tokens, num_topk), dtype=torch.float32, device=device) * rank
+    topk_weights_pure_rand = torch.randn((num_tokens, num_topk), dtype=torch.float32, device=device)
+    rank_idx = (topk_idx // (num_experts // num_ranks)).to(torch.int64)
+    rank_idx.masked_fill_(topk_idx == -1, -1)
+    rdma_rank_idx = rank_idx // num_local_ranks
+    rdma_rank_idx.masked_fill_(rank_idx == -1, -1)
+    inplace_unique(rank_idx, num_ranks)
+    inplace_unique(rdma_rank_idx, num_nodes)
+
+    num_tokens_per_expert = torch.stack([(topk_idx == i).sum() for i in range(num_experts)]).int()
+    gbl_num_tokens_per_expert = num_tokens_per_expert.clone().cpu()
+    dist.all_reduce(gbl_num_tokens_per_expert, group=group)
+    num_tokens_per_rank = torch.stack([(rank_idx == i).sum() for i in range(num_ranks)]).int()
+    num_tokens_per_rdma_rank = torch.stack([(rdma_rank_idx == i).sum() for i in range(num_nodes)]).int()
+    is_token_in_rank = torch.stack([(rank_idx == i).any(dim=-1) for i in range(num_ranks)], dim=1)
+    gbl_num_tokens_per_rank = num_tokens_per_rank.clone().cpu()
+    dist.all_reduce(gbl_num_tokens_per_rank, group=group)
+    ref_rank, ref_rdma_rank, ref_expert, ref_in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    assert torch.allclose(ref_rank, num_tokens_per_rank) and torch.allclose(ref_rdma_rank, num_tokens_per_rdma_rank)
+    assert torch.allclose(ref_expert, num_tokens_per_expert) and torch.allclose(ref_in_rank, is_token_in_rank)
+
+    config = Config(Buffer.num_sms, 8, 512, 16, 128)
+
+    def check_data(check_x, recv_gbl_rank_prefix_sum):
+        assert torch.allclose(check_x.amin(dim=1), check_x.amax(dim=1))
+        check_start = 0
+        for i in range(num_ranks):
+            check_end = recv_gbl_rank_prefix_sum[i].item()
+            assert (check_x[check_start:check_end, :].int() - i).sum().item() == 0
+            check_start = check_end
+
+    for previous_mode in (False, True):
+        for async_mode in (False, True):
+            for current_x in (x_pure_rand, x, x_e4m3):
+                for with_topk in (False, True):
+                    args = {"x": current_x, "num_tokens_per_rank": num_tokens_per_rank,
+                            "num_tokens_per_rdma_rank": num_tokens_per_rdma_rank, "is_token_in_rank": is_token_in_rank,
+                            "num_tokens_per_expert": num_tokens_per_expert, "config": config, "async_finish": async_mode}
+                    if with_topk:
+                        args.update({"topk_idx": topk_idx, "topk_weights":
+                                     topk_weights_pure_rand if current_x is x_pure_rand else topk_weights})
+                    if previous_mode:
+                        args.update({"previous_event": Buffer.capture()})
+                    recv_x, recv_topk_idx, recv_topk_weights, counts, handle, event = buffer.dispatch(**args)
+                    event.current_stream_wait() if async_mode else ()
+                    recv_x = per_token_cast_back(*recv_x) if isinstance(recv_x, tuple) else recv_x
+                    recv_gbl_rank_prefix_sum = handle[-4]
+                    assert gbl_num_tokens_per_rank[rank].item() == recv_x.size(0)
+                    assert gbl_num_tokens_per_expert.view(num_ranks, -1)[rank].tolist() == counts
+                    if current_x is not x_pure_rand:
+                        check_data(recv_x, recv_gbl_rank_prefix_sum)
+                    if with_topk:
+                        for i, count in enumerate(counts):
+                            assert recv_topk_idx.eq(i).sum().item() == count
+                        if current_x is not x_pure_rand:
+                            recv_topk_weights[recv_topk_idx.eq(-1)] = recv_topk_weights.amax(
+                                dim=1, keepdim=True).expand_as(recv_topk_weights)[recv_topk_idx.eq(-1)]
+                            check_data(recv_topk_weights, recv_gbl_rank_prefix_sum)
+                    else:  # cached
+                        args = {"x": current_x, "handle": handle, "config": config, "async_finish": async_mode}
+                        if previous_mode:
+                            args.update({"previous_event": Buffer.capture()})
+                        recv_x, _, _, _, _, event = buffer.dispatch(**args)
+                        event.current_stream_wait() if async_mode else ()
+                        recv_x = per_token_cast_back(*recv_x) if isinstance(recv_x, tuple) else recv_x
+                        if current_x is not x_pure_rand:
+                            check_data(recv_x, recv_gbl_rank_prefix_sum)
+                    bias_0 = torch.ones((num_tokens, hidden), dtype=torch.bfloat16, device=device)
+                    bias_1 = torch.randn((num_tokens, hidden), dtype=torch.bfloat16, device=device)
+                    args = {"x": recv_x, "bias": (bias_0, bias_1), "handle": handle, "config": config,
+                            "async_finish": async_mode}
+                    if with_topk:
+                        args.update({"topk_weights": recv_topk_weights})
+                    if previous_mode:
+                        args.update({"previous_event": Buffer.capture()})
+                    combined_x, combined_topk_weights, event = buffer.combine(**args)
+                    event.current_stream_wait() if async_mode else ()
+                    check_x = (combined_x.float() - bias_0.float() - bias_1.float()) / is_token_in_rank.sum(dim=1).unsqueeze(1)
+                    ref_x = x_pure_rand if current_x is x_pure_rand else x
+                    assert calc_diff(check_x, ref_x.float()) < 5e-6
+                    if with_topk:
+                        check = combined_topk_weights if current_x is x_pure_rand else \
+                            combined_topk_weights / is_token_in_rank.sum(dim=1).unsqueeze(1)
+                        ref = topk_weights_pure_rand if current_x is x_pure_rand else topk_weights
+                        assert calc_diff(check, ref) < 1e-9
+    buffer.destroy()
+    return True

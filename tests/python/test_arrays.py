@@ -1,5 +1,6 @@
 """ArrayBuffer: the numpy entry."""
 import gc
+import os
 
 import pytest
 
@@ -60,7 +61,31 @@ def arrays(group, device):
         with pytest.raises(epx.InvalidArgument) as caught:
             call()
         assert words in str(caught.value), str(caught.value)
+    same = np.broadcast_to(x[:, 1:2], (x.shape[0], 4))  # a stride of 0
+    upward = buffer.dispatch(x, ids, experts, scales=x[:, 3:0:-1])  # a negative one
+    assert (upward.scales == want_x.numpy()[:, 3:0:-1]).all()
+    assert (buffer.dispatch(x, ids, experts, scales=same).scales == want_x.numpy()[:, 1:2]).all()
+    wrong = ids.copy()
+    wrong[0, 0] = experts
+    with pytest.raises(epx.BadData):  # told by the call, which took part all the same
+        buffer.dispatch(x, wrong, experts)
+    buffer.status()
+    for name, value in (("tokens_max", -1), ("timeout_ms", "soon"), ("expert_rank", [0.5])):
+        with pytest.raises(epx.InvalidArgument, match=name):
+            epx.ArrayBuffer(**{name: value})
     keep = rows.copy()
+    if ranks == 1:  # 10,000 calls keep memory flat
+        def rss():
+            with open("/proc/self/statm") as f:
+                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        seen = []
+        for i in range(5000):
+            got = buffer.dispatch(x, ids, experts, weights)
+            buffer.combine(got.x, got.handle, got.topk_weights)
+            if i % 500 == 499:
+                seen.append(rss())
+        assert seen[-1] - seen[1] < 1 << 20, [s >> 10 for s in seen]
+    buffer.destroy()
     buffer.destroy()
     assert (rows == keep).all()
     with pytest.raises(epx.Broken):

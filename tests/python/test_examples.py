@@ -36,8 +36,25 @@ def test_train(tmp_path):
     for line in lines[2:]:
         ids = [int(word) for word in line.split()]
         assert len(set(ids)) == 2 and all(0 <= i < 8 for i in ids)
+    tool = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(epx._abi.library_path()))), "bin", "epx")
+    if os.path.exists(tool):  # a wheel has none
+        out = subprocess.run([tool, "bench", "--routing", "routing.txt", "--ranks", "4", "--backend", "cpu", "--hidden", "64",
+                              "--iters", "1", "--warmup", "0", "--no-floor"], cwd=tmp_path, text=True, timeout=60,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert out.returncode == 0 and "top-2 of 8 experts, routing routing.txt" in out.stdout, out.stdout
     losses = [float(line.split("loss")[1].split()[0]) for line in said.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 1
+
+
+def test_the_page(tmp_path):
+    """The worked example of docs/python.md, as it stands there."""
+    world.need(4)
+    page = open(os.path.join(ROOT, "docs", "python.md")).read()
+    code = page.split("```python\n# torchrun")[1].split("```")[0]
+    if world.DEVICE == "cuda":
+        code = "import os\nos.environ['EPX_BACKEND'] = 'cpu'\n" + code  # its tensors are on the CPU
+    (tmp_path / "example.py").write_text("# torchrun" + code + "print('ran')\n")
+    assert torchrun(4, "example.py", folder=tmp_path).count("ran") == 4
 
 
 def test_serve(tmp_path):

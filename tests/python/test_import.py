@@ -1,5 +1,7 @@
 """Importing epx does nothing and needs nothing."""
+import glob
 import os
+import shutil
 import subprocess
 import sys
 
@@ -61,6 +63,38 @@ else:
     raise SystemExit('loaded?')
 """)
     assert out.returncode == 0, out.stderr
+
+
+def test_as_a_wheel_lays_it_out(tmp_path):
+    """Modules and libraries in one folder, nothing else, under every Python from 3.9 that is here: no torch, no numpy."""
+    from epx import _abi
+    shutil.copytree(os.path.join(PACKAGE, "epx"), tmp_path / "epx", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    built = os.path.dirname(os.path.realpath(_abi.library_path()))
+    for name in ("libepx.so", "libepx_cuda.so", "libepx_ofi.so"):
+        if os.path.exists(os.path.join(built, name)):
+            shutil.copy(os.path.join(built, name), tmp_path / "epx" / name)
+    found = [sys.executable] + [path for path in map(shutil.which, ["python3.%d" % n for n in range(9, 16)]) if path]
+    found += glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python"))
+    found = [path for path in found if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0]  # no pyenv shims
+    environment = {name: value for name, value in os.environ.items() if name not in ("EPX_LIBRARY", "PYTHONPATH")}
+    code = """
+import sys
+if sys.version_info < (3, 9):
+    raise SystemExit('old')
+sys.path.insert(0, %r)
+sys.modules['torch'] = sys.modules['numpy'] = None
+import epx
+assert epx._abi.library_path() == %r + '/epx/libepx.so'
+buffer = epx.ArrayBuffer()
+buffer.status()
+assert (buffer.rank, buffer.ranks) == (0, 1) and len(epx.unique_id()) == 128
+assert epx.Buffer.is_sm90_compiled() in (False, True)
+buffer.destroy()
+print('works')
+""" % (str(tmp_path), str(tmp_path))
+    said = {path: subprocess.run([path, "-B", "-c", code], env=environment, cwd=str(tmp_path), text=True, timeout=60,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout.strip() for path in sorted(set(found))}
+    assert said[sys.executable] == "works" and set(said.values()) <= {"works", "old"}, said
 
 
 def test_install_as_deep_ep():

@@ -87,6 +87,23 @@ def leases(group, device):
     del b
     assert core.leases == 0 and _dlpack.alive() == alive
 
+    # Autograd keeps what it saved, until its backward is through.
+    recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
+    scale = torch.ones(H, device=device, requires_grad=True)
+    loss = (recv.float() * 1).mul(scale).sum() + (recv * scale.to(recv.dtype)).sum()
+    total = recv.float().sum(0)
+    del recv
+    gc.collect()
+    assert core.leases == 1
+    for _ in range(3):  # others come and go meanwhile
+        buffer.dispatch(x * 0, handle=handle)
+    loss.backward()
+    assert torch.allclose(scale.grad, 2 * total, rtol=1e-2)
+    del loss
+    gc.collect()
+    assert core.leases == 0
+    del handle
+
     # Storage shared by views, autograd and another thread keeps the lease.
     recv = buffer.dispatch(x, **placed)[0]
     view = recv.view(-1)[5:]
@@ -119,6 +136,11 @@ def handle_pool(group, device):
     assert copy.copy(handle) is handle and copy.deepcopy(handle) is handle and handle == handle and len(handle) == 6
     a, b, c, d, e, f = handle
     assert a is handle[0] and handle[-1] is f and handle[1:3] == (b, c) and e in handle
+    whole = [a, b, c, d, e, f]  # however it is taken apart
+    for parts in (list(handle), [*handle], list(reversed(handle))[::-1], list(() + handle), list(handle + ()),
+                  [handle[i] for i in range(6)], (lambda *members: list(members))(*handle)):
+        assert len(parts) == 6 and all(x is y for x, y in zip(parts, whole))
+    assert handle.index(c) == 2 and handle.count(c) == 1
     with pytest.raises(epx.InvalidArgument):
         pickle.dumps(handle)
     assert "tokens" in repr(handle)
@@ -226,6 +248,124 @@ def test_leaving_is_clean():
 
 def test_spawn():
     assert all(n > 0 for n in world.run(2, simple, start="spawn"))
+
+
+def fork_with_the_lock_held(group, device):
+    """A fork copies a lock that another thread holds; the child must not wait for that thread, which it does not have."""
+    buffer = made(group, device)[0]
+    with buffer._core.lock:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(5)
+                try:
+                    buffer.status()
+                except epx.InvalidArgument as error:
+                    code = 0 if "fork" in str(error) else 2
+                buffer.destroy()
+                del buffer
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+    buffer.destroy()
+
+
+@pytest.mark.skipif(world.DEVICE == "cuda", reason="CUDA does not survive a fork")
+def test_fork_with_the_lock_held():
+    world.run(1, fork_with_the_lock_held)
+
+
+def destroy_during_a_call(group, device):
+    """destroy() in one thread while another is in a call: it does not wait, and the end comes with the call's."""
+    buffer, x, ids, placed, want = made(group, device)
+    core = buffer._core
+    buffer.barrier()
+    if group.rank() == 0:
+        got = []
+        thread = threading.Thread(target=lambda: got.append(buffer.dispatch(x, **placed)[0].cpu().clone()))
+        thread.start()
+        time.sleep(0.4)  # it waits for rank 1
+        assert thread.is_alive()
+        begun = time.monotonic()
+        buffer.destroy()
+        assert time.monotonic() - begun < 0.3 and core.buffer
+        thread.join()
+        gc.collect()
+        assert not got or got[0].equal(want)
+        assert not core.buffer
+    else:
+        time.sleep(1)
+        assert buffer.dispatch(x, **placed)[0].cpu().equal(want)
+        buffer.destroy()
+
+
+@pytest.mark.skipif(world.DEVICE == "cuda", reason="a GPU call does not wait")
+def test_destroy_during_a_call():
+    world.run(2, destroy_during_a_call)
+
+
+def captured(group, device):
+    """What a CUDA graph was made of is not given back, since its replays still write there; the end takes it all the same.
+    (That a capture is noticed is tested on GPUs; here the objects are told so.)"""
+    buffer, x, ids, placed, want = made(group, device, handles_max=4)
+    core = buffer._core
+    recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
+    where = recv.data_ptr()
+    handle.core.captured = True
+    owner = next(o for _, o in _dlpack._live.values() if getattr(o, "number", None) is not None)
+    owner.captured = True
+    del recv, handle, owner
+    gc.collect()
+    assert core.leases == 0
+    others = [buffer.dispatch(x, **placed) for _ in range(3)]
+    assert all(one[0].data_ptr() != where and one[0].cpu().equal(want) for one in others)
+    with pytest.raises(epx.Busy, match="all 4 handles"):
+        buffer.dispatch(x, **placed)
+    del others
+    buffer.destroy()
+    gc.collect()
+    assert not core.buffer
+
+
+def test_what_a_graph_was_made_of_is_kept():
+    world.run(2, captured)
+
+
+def killed_low_latency(group, device):
+    experts = 2 * group.size()
+    buffer = epx.Buffer(group, low_latency_mode=True)
+    x = torch.ones(4, 128, dtype=torch.bfloat16, device=device)
+    ids, weights = torch.arange(8, device=device).view(4, 2) % experts, torch.ones(4, 2, device=device)
+
+    def pair():
+        recv, _, handle, _, hook = buffer.low_latency_dispatch(x, ids, 8, experts, use_fp8=False, return_recv_hook=True)
+        hook()
+        buffer.low_latency_combine(recv, ids, weights, handle)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    pair()
+    buffer.barrier()
+    if group.rank() == 1:
+        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        while True:
+            pair()
+    start = time.monotonic()
+    with pytest.raises((epx.PeerFailure, epx.Timeout)) as caught:
+        while time.monotonic() < start + 30:
+            pair()
+    assert time.monotonic() - start < 4 and "1" in str(caught.value)
+    with pytest.raises(epx.Error):
+        buffer.status()
+    start = time.monotonic()
+    buffer.destroy()
+    assert time.monotonic() - start < 4
+
+
+def test_killed_rank_in_low_latency():
+    if not epx._abi.library().has_ll:
+        pytest.skip("no low latency in this build of libepx.so")
+    world.run(3, killed_low_latency, dead=(1,), environment={"EPX_TIMEOUT_MS": "3000"})
 
 
 def killed(group, device, stage):

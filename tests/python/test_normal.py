@@ -134,7 +134,7 @@ def fp8(group, device):
     want8 = expected(rank, ranks, experts, [(rows8[r].view(torch.uint8), *everybody[r][1:]) for r in range(ranks)])[0]
     for kind in (torch.float32, torch.int32):
         want = expected(rank, ranks, experts, [(scale[r].to(kind), *everybody[r][1:]) for r in range(ranks)])[0]
-        for strides in ("rows", "columns", "gaps"):
+        for strides in ("rows", "columns", "gaps", "same token", "same element"):
             mine = scale[rank].to(kind).to(device)
             if strides == "columns":
                 mine = mine.t().contiguous().t()
@@ -142,12 +142,18 @@ def fp8(group, device):
                 wide = torch.zeros((tokens * 2, hidden // 128 * 3), dtype=kind, device=device)
                 wide[::2, 1::3] = mine
                 mine = wide[::2, 1::3]
+            wanted = want
+            if strides.startswith("same"):  # expanded: a stride of 0
+                token = strides == "same token"
+                mine = (mine[3:4] if token else mine[:, 1:2]).expand(mine.shape)
+                all_scales = [(s[3:4] if token else s[:, 1:2]).expand(s.shape).to(kind) for s in scale]
+                wanted = expected(rank, ranks, experts, [(all_scales[r], *everybody[r][1:]) for r in range(ranks)])[0]
             (recv, scales), recv_ids, _, _, handle, _ = buffer.dispatch(
                 (rows8[rank].to(device), mine), topk_idx=ids, topk_weights=weights, **placed)
             assert recv.dtype == torch.float8_e4m3fn and recv.view(torch.uint8).cpu().equal(want8)
-            assert scales.dtype == kind and scales.cpu().equal(want)
+            assert scales.dtype == kind and scales.cpu().equal(wanted)
             (recv, scales), *_ = buffer.dispatch((rows8[rank].to(device), mine), handle=handle)
-            assert recv.view(torch.uint8).cpu().equal(want8) and scales.cpu().equal(want)
+            assert recv.view(torch.uint8).cpu().equal(want8) and scales.cpu().equal(wanted)
     buffer.destroy()
 
 
@@ -173,7 +179,7 @@ def keywords(group, device):
         x, topk_idx=ids, topk_weights=weights, num_worst_tokens=40 * ranks, **placed)
     assert counts == [] and recv_x.shape == (40 * ranks, H) and recv_x[:n].cpu().equal(want_x)
     assert recv_ids[:n].cpu().equal(want_ids) and bool((recv_ids[n:] == -1).all())
-    assert recv_weights[:n].cpu().equal(want_weights)
+    assert recv_weights[:n].cpu().equal(want_weights) and bool((recv_weights[n:] == 0).all())
     fan_out = placed["is_token_in_rank"].sum(1, keepdim=True)
     out, out_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights)
     assert out.equal((x.float() * fan_out).bfloat16()) and out_weights.equal(torch.where(ids < 0, 0.0, weights))
@@ -181,6 +187,9 @@ def keywords(group, device):
     assert again[:n].cpu().equal(want_x)
     assert handle[0].shape == (ranks, ranks) and handle[3][:n].dtype == torch.int32
 
+    inside = torch.zeros(experts + 2, dtype=torch.int32, device=device)[2:]  # a view into something else
+    inside.copy_(placed["num_tokens_per_expert"])
+    assert buffer.dispatch(x, **dict(placed, num_tokens_per_expert=inside))[3] == want_counts
     recv_x, none_ids, none_weights, counts, handle, _ = buffer.dispatch(x, **placed)  # by the mask
     assert none_ids is none_weights is None and recv_x.cpu().equal(want_x) and counts == want_counts
     assert buffer.combine(recv_x, handle)[0].equal((x.float() * fan_out).bfloat16())
@@ -228,6 +237,58 @@ def keywords(group, device):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_keywords(ranks):
     world.run(ranks, keywords)
+
+
+def mapped(group, device):
+    """expert_rank: any expert on any rank, as many on each as there are; ids, counts and low latency by that map."""
+    rank, ranks, tokens, topk = group.rank(), group.size(), 25, 3
+    experts = 2 * ranks + 1
+    owner = [(e + e // ranks) % ranks for e in range(experts)]
+    assert set(owner) == set(range(ranks))
+    buffer = epx.Buffer(group, 1 << 22, expert_rank=torch.tensor(owner))
+    mine = [e for e in range(experts) if owner[e] == rank]
+    local_of = torch.tensor([mine.index(e) if owner[e] == rank else -1 for e in range(experts)] + [-1])
+    everybody = inputs(8, ranks, [tokens] * ranks, topk, experts, hidden=128)
+    x, ids, weights = [t.to(device) for t in everybody[rank]]
+    per_rank, _, per_expert, mask, _ = buffer.get_dispatch_layout(ids, experts)
+    place = torch.tensor(owner + [ranks])
+    wanted_mask = torch.stack([(place[everybody[rank][1]] == r).any(1) for r in range(ranks)], 1)
+    assert mask.cpu().equal(wanted_mask) and per_rank.cpu().equal(wanted_mask.sum(0).int())
+    takes = [(place[i] == rank).any(1) for _, i, _ in everybody]
+    want_x = torch.cat([one[take] for (one, _, _), take in zip(everybody, takes)])
+    want_ids = torch.cat([local_of[i[take]] for (_, i, _), take in zip(everybody, takes)])
+    want_counts = [int((want_ids == n).sum()) for n in range(len(mine))]
+    aligned = [(n + 3) // 4 * 4 for n in want_counts]
+    placed = dict(is_token_in_rank=mask, num_tokens_per_expert=per_expert, expert_alignment=4)
+    recv_x, recv_ids, _, counts, handle, _ = buffer.dispatch(x, topk_idx=ids, topk_weights=weights, **placed)
+    assert recv_x.cpu().equal(want_x) and recv_ids.cpu().equal(want_ids) and counts == aligned
+    assert handle[4].cpu().equal(wanted_mask)
+    recv_x, _, _, counts, handle, _ = buffer.dispatch(x, **placed)  # by the mask: the same counts
+    assert recv_x.cpu().equal(want_x) and counts == aligned
+    assert buffer.combine(recv_x, handle)[0].equal((x.float() * mask.sum(1, keepdim=True)).bfloat16())
+    with pytest.raises(epx.InvalidArgument, match="expert_rank maps %d" % experts):
+        buffer.dispatch(x, is_token_in_rank=mask, num_tokens_per_expert=per_expert[1:].contiguous())
+    made = epx.dispatch(x, ids, weights, buffer, experts)
+    assert made[3].tolist() == want_counts
+    if epx._abi.library().has_ll:
+        recv, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, tokens, experts, use_fp8=False)
+        assert recv.shape == (len(mine), ranks * tokens, 128) and count.tolist() == want_counts
+        for n, expert in enumerate(mine):
+            rows = torch.cat([one[(i == expert).any(1)] for one, i, _ in everybody])
+            assert recv[n, :len(rows)].cpu().equal(rows)
+        place = buffer.get_next_low_latency_combine_buffer(handle)
+        place.copy_(recv)
+        y, _, _ = buffer.low_latency_combine(place, ids, weights, handle, zero_copy=True)
+        want = torch.zeros(x.shape)
+        for k in range(topk):
+            want = torch.where(ids[:, k:k + 1].cpu() < 0, want, want + (weights[:, k:k + 1] * x.float()).cpu())
+        assert y.cpu().equal(want.bfloat16())
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_expert_map(ranks):
+    world.run(ranks, mapped)
 
 
 def two_buffers(group, device):

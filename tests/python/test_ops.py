@@ -88,6 +88,15 @@ def compiled(group, device, worst):
     grads = torch.autograd.grad(want.square().sum(), [x, weights])
     assert torch.allclose(want, x * 2 * weights.sum(-1, keepdim=True), atol=1e-5)
     fast = torch.compile(step, backend="aot_eager", fullgraph=True)
+    untouched = epx.Buffer(group, 1 << 22)  # no eager call before the first traced one
+
+    def whole(x, weights):
+        made = epx.dispatch(x, ids, weights, untouched, experts, num_worst_tokens=2 * T)
+        return epx.combine(made[0], made[4], untouched, x)
+    with torch.no_grad():
+        first = torch.compile(whole, backend="aot_eager", fullgraph=True)(x, weights)
+    fan = (ids.view(T, K, 1) // E_PER_RANK == torch.arange(ranks, device=device)).any(1).sum(1, keepdim=True)
+    assert torch.allclose(first, x * fan, atol=1e-5)
     if not worst:  # torch 2.4 cannot differentiate through such sizes: forward alone
         with torch.no_grad():
             assert all(torch.allclose(fast(x, weights), want, atol=1e-5) for _ in range(3))
@@ -109,6 +118,18 @@ def test_compile(worst):
 def custom_ops(group, device):
     buffer = epx.Buffer(group, 1 << 22)
     x = torch.randn(4, 8, device=device)
+    ids, weights = (torch.arange(8, device=device) % 5).view(4, 2) % 2, torch.rand(4, 2, device=device)
+    from epx import ops  # noqa: F401  registers them
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.epx.dispatch.default, (x.clone().requires_grad_(), ids, weights, buffer._op_number, 2, 1, 9),
+                          test_utils=checks)
+    recv, _, recv_weights, _, handle = epx.dispatch(x, ids, weights, buffer, 2)
+    for op, arguments in ((torch.ops.epx.combine.default, (recv.clone().requires_grad_(), handle, x, buffer._op_number)),
+                          (torch.ops.epx.combine_weights.default, (recv, recv_weights, handle, x, buffer._op_number)),
+                          (torch.ops.epx.dispatch_again.default, (x, recv, handle, buffer._op_number))):
+        torch.library.opcheck(op, arguments, test_utils=checks)
+    del recv, recv_weights, handle, arguments
+    gc.collect()
     ids, weights = torch.zeros(4, 1, dtype=torch.int64, device=device), torch.ones(4, 1, device=device)
     _, _, _, counts, handle = epx.dispatch(x, ids, weights, buffer, 2, expert_alignment=16)
     assert counts.tolist() == [16, 0] and counts.dtype == torch.int64

@@ -37,6 +37,8 @@ def in_calls(group, device):
     refused("topk_idx: strides", buffer.get_dispatch_layout, ids.t(), E)
     refused("7 experts", buffer.get_dispatch_layout, ids, 7) if group.size() == 2 else None
     refused("experts", buffer.get_dispatch_layout, ids, 64)
+    for wrong in (0, -8, 8.0, "8", None):
+        refused("num_experts: %r" % (wrong,), buffer.get_dispatch_layout, ids, wrong)
     # dispatch: rows
     refused("x: int", dispatch, 1)
     refused("x: shape (5,)", dispatch, x[:, 0])
@@ -53,6 +55,9 @@ def in_calls(group, device):
     # dispatch: routing
     refused("num_tokens_per_expert: it is needed", buffer.dispatch, x, topk_idx=ids)
     refused("num_tokens_per_expert: dtype torch.int64", dispatch, x, num_tokens_per_expert=per_expert.long())
+    refused("num_tokens_per_rank: dtype torch.int64", dispatch, x, num_tokens_per_rank=per_rank.long())
+    refused("num_tokens_per_rank: shape", dispatch, x, num_tokens_per_rank=per_expert)
+    refused("num_tokens_per_rank: int", dispatch, x, num_tokens_per_rank=5)
     refused("topk_idx: shape", dispatch, x, topk_idx=ids[:3])
     refused("topk_idx: dtype", dispatch, x, topk_idx=ids.short())
     refused("topk_weights: dtype torch.float64", dispatch, x, topk_weights=weights.double())
@@ -61,8 +66,10 @@ def in_calls(group, device):
     refused("topk_idx or is_token_in_rank", buffer.dispatch, x, num_tokens_per_expert=per_expert)
     refused("is_token_in_rank: dtype torch.int32", dispatch, x, is_token_in_rank=mask.int())
     refused("is_token_in_rank: shape", dispatch, x, is_token_in_rank=mask[:, :0])
-    refused("expert_alignment: from 1", dispatch, x, expert_alignment=0)
-    refused("num_worst_tokens: from 0", dispatch, x, num_worst_tokens=-1)
+    for wrong in (0, -1, 2.5, "1"):
+        refused("expert_alignment: %r" % (wrong,), dispatch, x, expert_alignment=wrong)
+    for wrong in (-1, 2.5, "1"):
+        refused("num_worst_tokens: %r" % (wrong,), dispatch, x, num_worst_tokens=wrong)
     refused("topk", dispatch, x, topk_idx=torch.zeros((T, 5), dtype=torch.int64, device=device))
     many = torch.ones((65, H), dtype=torch.bfloat16, device=device)
     refused("65", dispatch, many, topk_idx=torch.zeros((65, K), dtype=torch.int64, device=device), is_token_in_rank=None)
@@ -80,6 +87,8 @@ def in_calls(group, device):
     refused("bias: 3 tensors", buffer.combine, recv, handle, bias=(x, x, x))
     refused("bias: shape", buffer.combine, recv, handle, bias=x[:2])
     refused("bias[1]: dtype", buffer.combine, recv, handle, bias=(x, x.float()))
+    odd = torch.ones(T * H + 1, dtype=torch.bfloat16, device=device)[1:].view(T, H)
+    refused("bias[1] is at", buffer.combine, recv, handle, bias=(x, odd))
     *_, masked, _ = buffer.dispatch(x, **placed)
     refused("topk_weights: the handle's dispatch had no topk_idx", buffer.combine, recv, masked, topk_weights=recv_weights)
     # streams, configs
@@ -88,6 +97,13 @@ def in_calls(group, device):
     refused("previous_event: int", dispatch, x, previous_event=3)
     refused("config: int", dispatch, x, config=24)
     refused("new_num_sms: 3", epx.Buffer.set_num_sms, 3)
+    for name in ("get_dispatch_layout", "dispatch", "combine"):
+        first = {"get_dispatch_layout": (ids, E), "dispatch": (x,), "combine": (recv, handle)}[name]
+        others = {"dispatch": dict(placed, topk_idx=ids)}.get(name, {})
+        refused("previous_event: str", getattr(buffer, name), *first, previous_event="now", **others)
+        refused("allocate_on_comm_stream: it needs", getattr(buffer, name), *first, allocate_on_comm_stream=True, **others)
+        *_, event = getattr(buffer, name)(*first, previous_event=epx.EventHandle(), async_finish=True, **others)
+        event.current_stream_wait()  # the handle itself does as an event
     refused("num_sms: -2", epx.Config, -2)
     refused("offset: 3", buffer.get_local_buffer_tensor, torch.int32, offset=3)
     refused("size:", buffer.get_local_buffer_tensor, torch.int32, (1 << 30,))
@@ -114,6 +130,11 @@ def in_creation(group, device):
     refused("num_nvl_bytes: -1", epx.Buffer, group, -1)
     refused("num_rdma_bytes: 'much'", epx.Buffer, group, 0, "much")
     refused("num_qps_per_rank", epx.Buffer, group, num_qps_per_rank=-2)
+    for name in ("timeout_ms", "lease_bytes", "reserve_bytes", "tokens_max", "topk_max", "experts_max", "handles_max",
+                 "leases_max", "threads", "ranks_per_domain", "ll_slots"):
+        for wrong in (-1, 0.5, "1"):
+            refused("%s: %r" % (name, wrong), epx.Buffer, group, **{name: wrong})
+    refused("expert_rank[1]: 0.5", epx.Buffer, group, expert_rank=[0, 0.5])
     refused("group and comm", epx.Buffer, group, comm=group)
     refused("group: int", epx.Buffer, 3)
     refused("comm: str", epx.Buffer, comm="world")
@@ -160,11 +181,44 @@ def bad_ids(group, device):
         buffer.dispatch(x, topk_idx=wrong, num_tokens_per_expert=counts)
     recv, _, _, _, handle, _ = buffer.dispatch(x, topk_idx=ids, num_tokens_per_expert=counts)
     buffer.combine(recv, handle)
+    if device.type == "cpu":  # the layout's own
+        with pytest.raises(epx.BadData):
+            buffer.get_dispatch_layout(torch.full((T, K), E, device=device), E)
+        buffer.get_dispatch_layout(ids, E)
+    buffer.status()
     buffer.destroy()
 
 
 def test_bad_ids():
     world.run(2, bad_ids)
+
+
+def overflow(group, device):
+    """More rows than num_worst_tokens: known everywhere, in words; the process goes on with another buffer."""
+    buffer = epx.Buffer(group, 1 << 20)
+    x = torch.ones((T, H), dtype=torch.bfloat16, device=device)
+    ids = torch.zeros((T, 1), dtype=torch.int64, device=device)  # all to rank 0
+    counts = torch.zeros(E, dtype=torch.int32, device=device)
+    with pytest.raises((epx.Overflow, epx.PeerFailure)) as caught:
+        buffer.dispatch(x, topk_idx=ids, num_tokens_per_expert=counts, num_worst_tokens=2 * T - 1)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        buffer.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            buffer.status()
+    said = str(caught.value)
+    buffer.destroy()
+    other = epx.Buffer(group, 1 << 20)
+    other.dispatch(x, topk_idx=ids, num_tokens_per_expert=counts, num_worst_tokens=2 * T)
+    other.status()
+    other.destroy()
+    return type(caught.value).__name__, said
+
+
+def test_overflow():
+    kinds = world.run(2, overflow)
+    assert any(kind == "Overflow" and str(2 * T) in words for kind, words in kinds), kinds
 
 
 def low_latency(group, device):

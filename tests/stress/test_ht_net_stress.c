@@ -28,6 +28,7 @@ static const stress_t runs[] = {
     {"10,000 rounds on sim", "sim:11", 2, 2, false, 10000, 3, 32, 64u << 10, 16u << 10, 0, 0},
     {"rings go round, sim", "sim:12", 2, 2, false, 60, 300, 1024, 4096, 64u << 10, 2000000, 16},
     {"rings go round, 3 domains, sim", "sim:13", 3, 1, false, 60, 300, 1024, 4096, 64u << 10, 2000000, 16},
+    {"straight to leases, 3 domains, sim", "sim:14", 3, 1, false, 100, 300, 1024, 4u << 20, 64u << 10, 1000000, 16},
     {"delays, loop", "loop", 2, 2, false, 200, 24, 128, 64u << 10, 64u << 10, 5000000, 16},
     {"1,000 rounds on tcp", "ofi:tcp", 2, 2, true, 1000, 6, 64, 256u << 10, 64u << 10, 0, 0},
     {"delays, tcp", "ofi:tcp", 2, 1, true, 60, 300, 1024, 4096, 64u << 10, 2000000, 16},

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The `epx` command from outside: every refusal is one line and exit code 2; small runs of demo, bench and check are right.
-#     test_cli.sh EPX refusals|demo|bench|check
+#     test_cli.sh EPX refusals|demo|bench|bench_ll|check, test_cli.sh EPX spoiled libspoil.so
 set -u
 EPX=$1 PART=$2
 DIR=$(mktemp -d)
@@ -42,7 +42,8 @@ good() {
 
 # bench ARGUMENTS...: right, and its JSON is JSON with every key, nothing wrong in it.
 bench() {
-    good dispatch bench --tokens 64 --hidden 256 --iters 3 --warmup 1 --json "$DIR/json" "$@"
+    rm -f "$DIR/json"
+    good "eff   wrong" bench --tokens 64 --hidden 256 --iters 3 --warmup 1 --json "$DIR/json" "$@"
     python3 - "$DIR/json" >"$DIR/out" 2>"$DIR/err" <<'PY'
 import json, sys
 rows = json.load(open(sys.argv[1]))
@@ -101,6 +102,23 @@ refusals() {
     refuse "are there to choose" bench --topk 9 --experts 8
     refuse "whole number" bench --topk 33
     refuse "combine adds" bench --op combine --dtype fp8
+    for option in --halves --pre-reduced --graph; do
+        refuse "takes no value" bench $option=1
+        refuse "only ll_dispatch, ll_combine and ll_pair" bench $option
+        refuse "only ll_dispatch, ll_combine and ll_pair" bench $option --op dispatch,combine
+    done
+    refuse "a run of their own" bench --op ll_dispatch,combine
+    refuse "a run of their own" bench --op layout,ll_pair
+    refuse "takes bf16, or fp8" bench --op ll_pair --dtype fp16
+    refuse "takes bf16, or fp8" bench --op ll_pair --dtype fp32
+    refuse "multiple of 16 bytes" bench --op ll_pair --hidden 100
+    refuse "multiple of 128" bench --op ll_dispatch --hidden 192 --dtype fp8
+    refuse "no leases" bench --op ll_combine --own-memory
+    refuse "no CUDA graphs" bench --op ll_pair --graph --backend cpu
+    refuse "no CUDA graphs" bench --op ll_pair,ll_dispatch --graph --halves --pre-reduced --backend cpu
+    if [ ! -e /dev/nvidiactl ]; then
+        refuse "no CUDA graphs" bench --op ll_pair --graph
+    fi
     refuse "cannot be read" bench --routing "$DIR/nothing"
     refuse "needs a value" bench --json
     refuse "is empty" bench --routing ""
@@ -158,6 +176,79 @@ benches() {
     good "usage: epx bench" help bench
 }
 
+# ll ARGUMENTS...: all operations of low latency.
+ll() {
+    bench --backend cpu --op ll_dispatch,ll_combine,ll_pair "$@"
+}
+
+benches_ll() {
+    for ranks in 1 2 4; do
+        ll --ranks $ranks
+        ll --ranks $ranks --threads-as-ranks --dtype fp8 --halves
+        ll --ranks $ranks --pre-reduced --dtype fp8
+        ll --ranks $ranks --threads-as-ranks --pre-reduced --halves
+    done
+    ll --ranks 3 --experts 10 --topk 3 --routing zipf --hidden 1152 --halves
+    ll --ranks 4 --experts 3 --topk 3 --routing zipf --pre-reduced --dtype fp8 --hidden 128
+    ll --ranks 2 --no-floor --tokens 0
+    routing "epx-routing 1 ranks 2 topk 2 experts 4" "tokens 3 1" "0 1" "2 -1" "-1 -1" "3 0"
+    ll --ranks 2 --routing "$DIR/routing" --pre-reduced
+    ll --ranks 3 --routing "$DIR/routing"
+    good "128 tokens a rank" bench --backend cpu --op ll_pair --hidden 256 --iters 2
+    ll_domains
+}
+
+# Between domains: right, or refused in the library's words where it has not got them.
+ll_domains() {
+    "$EPX" bench --backend cpu --ranks 4 --domains 2 --net loop --threads-as-ranks --op ll_pair --hidden 256 --iters 1 \
+        >"$DIR/out" 2>"$DIR/err"
+    if [ $? -eq 1 ] && grep -q "low latency between domains" "$DIR/err"; then
+        PASSED=$((PASSED + 1))
+        return
+    fi
+    for how in "" "--dtype fp8" --pre-reduced "--halves --dtype fp8"; do
+        ll --ranks 4 --domains 2 --net loop --threads-as-ranks $how
+        grep -q '"domains": 2, "net": "loop"' "$DIR/json" || note "domains and net in the JSON"
+    done
+}
+
+# spoiled WHAT ARGUMENTS...: with WHAT of every result spoiled, exit code 1 and wrong rows in the JSON of each operation.
+spoiled() {
+    what=$1
+    shift
+    rm -f "$DIR/json"
+    EPX_SPOIL=$what LD_PRELOAD=$SPOIL "$EPX" bench --backend cpu --tokens 16 --hidden 128 --experts 4 --topk 3 --iters 1 \
+        --warmup 0 --no-floor --json "$DIR/json" "$@" >"$DIR/out" 2>"$DIR/err"
+    code=$?
+    if [ $code -eq 1 ] && grep -q '"wrong": [1-9]' "$DIR/json" && ! grep -q '"wrong": 0}' "$DIR/json"; then
+        PASSED=$((PASSED + 1))
+    else
+        note "bench $* with \"$what\" spoiled (exit code $code): 1 and wrong rows expected"
+    fi
+}
+
+spoils() {
+    SPOIL=$1
+    EPX_SPOIL=nothing LD_PRELOAD=$SPOIL good ll_pair bench --backend cpu --op ll_pair --hidden 128 --experts 4 --topk 3
+    for what in row source; do
+        spoiled $what --op dispatch,dispatch_cached
+    done
+    spoiled side --op dispatch,dispatch_cached --dtype fp8
+    spoiled ids --op dispatch
+    spoiled weights --op dispatch
+    spoiled sum --op combine
+    spoiled layout --op layout
+    for halves in "" --halves; do
+        for what in row source count range past; do
+            spoiled $what --op ll_dispatch,ll_pair $halves
+        done
+        spoiled row --op ll_dispatch,ll_pair --dtype fp8 $halves
+        spoiled scale --op ll_dispatch,ll_pair --dtype fp8 $halves
+        spoiled sum --op ll_combine,ll_pair $halves
+        spoiled sum --op ll_combine,ll_pair --pre-reduced $halves
+    done
+}
+
 check() {
     good "59023360 bytes" info --plan --ranks 8 --tokens 128 --hidden 7168 --topk 8 --experts 256
     refuse "whole number" info --plan --slots 0
@@ -174,12 +265,13 @@ check() {
 case $PART in
 refusals) refusals ;;
 demo) demo ;;
-bench)
+bench | bench_ll)
     command -v python3 >/dev/null || { echo "skipped: python3 is not there to read the JSON"; exit 77; }
-    benches
+    if [ "$PART" = bench ]; then benches; else benches_ll; fi
     ;;
+spoiled) spoils "$3" ;;
 check) check ;;
-*) echo "test_cli.sh: \"$PART\": refusals, demo, bench or check is needed" && exit 2 ;;
+*) echo "test_cli.sh: \"$PART\": refusals, demo, bench, bench_ll, spoiled or check is needed" && exit 2 ;;
 esac
 echo "$PASSED checks passed, $FAILED failed"
 [ $FAILED -eq 0 ] && [ $PASSED -gt 0 ]

@@ -184,7 +184,7 @@ static void everything(gathered_t *one)
         check_large(one);
     }
     CHECK(!epx__bootstrap_dead(one->bootstrap, one->rank));
-    /* Messages between others pass through rank 0, which therefore must not leave first. */
+    /* All are done before the first leaves: the next check is of what is left over. */
     CHECK(epx__bootstrap_barrier(one->bootstrap, 0) == EPX_OK, "%s", epx__detail());
 }
 

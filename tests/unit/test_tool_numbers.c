@@ -1,7 +1,7 @@
 /*
  * The command's number formats (tools/epx/numbers.h) and the library's (plan/format.h) were written apart. They must
- * agree on every bf16 and fp16 value and on many fp32 values, those halfway between two neighbours among them. The
- * command's vector sums must agree with its plain ones.
+ * agree on every bf16, fp16 and e4m3 value and on many fp32 values, those halfway between two neighbours among them,
+ * and on the scales of fp8 blocks. The command's vector sums must agree with its plain ones.
  */
 #include "common/check.h"
 #include "plan/format.h"
@@ -86,9 +86,50 @@ static void test_sums(void)
             }
 }
 
+static void same_e4m3(uint32_t bits)
+{
+    float value = number_from_bits(bits);
+    if (!is_nan(value) && !is_nan(value - value)) /* finite */
+        CHECK(number_to_e4m3(value) == epx__e4m3_of_f32(value), "bits %08x", bits);
+}
+
+static void test_e4m3(void)
+{
+    for (uint32_t byte = 0; byte < 256; byte++) { /* all values, those halfway to the next, and around both */
+        uint32_t bits = epx__bits_of_f32(epx__f32_of_e4m3((uint8_t)byte));
+        for (uint32_t near = 0; near < 3; near++) {
+            same_e4m3(bits - 1 + near);
+            same_e4m3((bits | 0x80000) - 1 + near);
+        }
+    }
+    for (int i = 0; i < 300000; i++)
+        same_e4m3(next());
+    for (int i = 0; i < 300000; i++) /* where the subnormal numbers are */
+        same_e4m3((next() & 0x83ffffffu) | 0x38000000u);
+}
+
+static void test_fp8_blocks(void)
+{
+    uint16_t x[NUMBER_FP8_BLOCK];
+    uint8_t mine[NUMBER_FP8_BLOCK], theirs[NUMBER_FP8_BLOCK];
+    for (int round = 0; round < 5000; round++) {
+        uint16_t around = (uint16_t)(next() % 200 << 7); /* exponents up to this one's neighbours, none infinite */
+        for (int i = 0; i < NUMBER_FP8_BLOCK; i++)
+            x[i] = (uint16_t)((around + (next() & 0x3ff)) | (next() & 0x8000));
+        x[round % NUMBER_FP8_BLOCK] = (uint16_t)(round % 3 ? 0 : x[0]);
+        float scale, expect;
+        number_fp8_block(x, mine, &scale);
+        epx__fp8_row(x, EPX_BF16, NUMBER_FP8_BLOCK, 0, theirs, &expect, NULL);
+        CHECK(number_to_bits(scale) == number_to_bits(expect), "round %d", round);
+        CHECK(memcmp(mine, theirs, sizeof mine) == 0, "round %d", round);
+    }
+}
+
 int main(void)
 {
     test_formats();
+    test_e4m3();
+    test_fp8_blocks();
     test_sums();
     return check_done();
 }

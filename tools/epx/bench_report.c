@@ -40,6 +40,25 @@ static double p99(const double *sorted, long count)
     return sorted[(count * 99 + 99) / 100 - 1];
 }
 
+/* Rows that the operation moves, of all ranks; wire: without a rank's rows to itself. */
+static double op_rows(const bench_t *bench, bench_op_t op, bool wire)
+{
+    const bench_work_t *work = &bench->work;
+    double sent = (double)(wire ? work->wire_rows : work->logical_rows);
+    double back =
+        bench->ll && !bench->options.pre_reduced ? (double)(wire ? work->wire_choices : work->logical_choices) : sent;
+    bool combines = op == BENCH_COMBINE || op == BENCH_LL_COMBINE;
+    return op == BENCH_LL_PAIR ? sent + back : combines ? back : sent;
+}
+
+static double op_bytes(const bench_t *bench, bench_op_t op, bool wire)
+{
+    if (op == BENCH_LL_PAIR)
+        return op_bytes(bench, BENCH_LL_DISPATCH, wire) + op_bytes(bench, BENCH_LL_COMBINE, wire);
+    bool combines = op == BENCH_COMBINE || op == BENCH_LL_COMBINE;
+    return op_rows(bench, op, wire) * (double)(combines ? bench->back_bytes : bench->sent_bytes);
+}
+
 static line_t line_of(const bench_t *bench, bench_op_t op, double *scratch)
 {
     const bench_options_t *options = &bench->options;
@@ -49,15 +68,24 @@ static line_t line_of(const bench_t *bench, bench_op_t op, double *scratch)
     line.p99_us = p99(scratch, options->iters);
     if (op == BENCH_LAYOUT)
         return line;
-    double row = (double)(bench->row_bytes + (op == BENCH_COMBINE ? 0 : bench->side_bytes)) / (double)options->ranks;
-    line.logical_gbps = (double)bench->work.logical_rows * row / line.median_us * 1e-3;
-    line.wire_gbps = (double)bench->work.wire_rows * row / line.median_us * 1e-3;
+    double rank_us = (double)options->ranks * line.median_us;
+    line.logical_gbps = op_bytes(bench, op, false) / rank_us * 1e-3;
+    line.wire_gbps = op_bytes(bench, op, true) / rank_us * 1e-3;
     if (bench->result->has_floor[op]) {
         slowest_ranks(bench, BENCH_OPS + (int)op, scratch);
         line.floor_us = median(scratch, options->iters);
         line.efficiency = line.floor_us / line.median_us;
     }
     return line;
+}
+
+static void print_calls(const bench_options_t *options, bool cpu)
+{
+    printf("# calls    low latency%s%s", options->halves ? ", in halves" : "",
+           options->pre_reduced ? ", pre-reduced" : "");
+    if (options->graph)
+        printf(", replays of a graph of %d (ll_combine: of 1)", BENCH_GRAPH_CALLS);
+    puts(cpu ? ", by the calling thread alone" : "");
 }
 
 static void print_head(const bench_t *bench)
@@ -73,15 +101,21 @@ static void print_head(const bench_t *bench)
     printf("# threads  %d a rank: %s\n", result->threads, result->threads_why);
     printf("# net      %s: %s\n", result->net, result->net_why);
     printf("# work     %ld tokens a rank, hidden %ld %s, top-%ld of %ld experts, routing %s, seed %ld, %s\n",
-           options->tokens, options->hidden, dtypes[options->dtype], options->topk, options->experts, options->routing,
-           options->seed, options->own_memory ? "the caller's memory" : "leases");
+           options->tokens, options->hidden,
+           bench->ll && options->dtype == PATTERN_BYTES ? "bf16 sent as fp8 + scales" : dtypes[options->dtype],
+           options->topk, options->experts, options->routing, options->seed,
+           options->own_memory || bench->ll ? "the caller's memory" : "leases");
+    if (bench->ll)
+        print_calls(options, strcmp(result->backend, "cpu") == 0);
     printf("# timing   median and p99 of %ld iterations after %ld, each by its slowest rank\n", options->iters,
            options->warmup);
     for (int op = 0; op < BENCH_OPS; op++)
         if (result->has_floor[op])
             printf("# floor    of %s: the same rows %s%s, %s\n", bench_op_names[op],
-                   op == BENCH_COMBINE ? "added" : "copied", result->domains > 1 ? " and a raw stream of them" : "",
-                   result->floor_name[op]);
+                   bench->ll             ? "moved"
+                   : op == BENCH_COMBINE ? "added"
+                                         : "copied",
+                   result->domains > 1 ? " and a raw stream of them" : "", result->floor_name[op]);
     printf("#\n# %-15s %10s %10s %10s %10s %9s %9s %10s %6s %7s\n", "op", "rows/rank", "MB/rank", "time us", "p99 us",
            "logical", "wire", "floor us", "eff", "wrong");
     printf("# %-15s %10s %10s %10s %10s %9s %9s\n", "", "", "logical", "", "", "GB/s", "GB/s");
@@ -98,8 +132,8 @@ static const char *cell(double value, const char *format, char *text, size_t byt
 static void print_line(const bench_t *bench, bench_op_t op, const line_t *line)
 {
     char text[7][32];
-    double rows = (double)bench->work.logical_rows / (double)bench->options.ranks;
-    double bytes = rows * (double)(bench->row_bytes + (op == BENCH_COMBINE ? 0 : bench->side_bytes)) * 1e-6;
+    double ranks = (double)bench->options.ranks, rows = op_rows(bench, op, false) / ranks;
+    double bytes = op_bytes(bench, op, false) / ranks * 1e-6;
     printf("  %-15s %10.0f %10s %10.1f %10.1f %9s %9s %10s %6s %7llu\n", bench_op_names[op], rows,
            cell(op == BENCH_LAYOUT ? NAN : bytes, "%.2f", text[0], sizeof text[0]), line->median_us, line->p99_us,
            cell(line->logical_gbps, "%.2f", text[1], sizeof text[1]),

@@ -10,8 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A table of the device's as host memory; `keep` is freed by the caller. NULL when it failed. */
-static const void *look(bench_rank_t *self, const void *device, size_t bytes, void **keep)
+const void *bench_look(bench_rank_t *self, const void *device, size_t bytes, void **keep)
 {
     *keep = malloc(bytes ? bytes : 1);
     if (!*keep || self->mem->copy_out(self->context, *keep, device, bytes)) {
@@ -28,10 +27,7 @@ static uint64_t wrong_ids(const bench_rank_t *self, const int64_t *ids, const fl
     const int64_t *sent = work->ids + (work->first[source] + token) * work->topk;
     for (uint32_t k = 0; k < work->topk; k++) {
         bool here = sent[k] >= 0 && work->expert_rank[sent[k]] == self->rank->rank;
-        float weight = 0;
-        uint64_t key = pattern_key((uint64_t)self->bench->options.seed, BENCH_WEIGHT, (uint32_t)source, token, k);
-        uint64_t word = pattern_word(key, 0, PATTERN_FP32);
-        memcpy(&weight, &word, sizeof weight);
+        float weight = bench_weight(self->bench, source, token, k);
         if (ids[k] != (here ? work->expert_local[sent[k]] : -1) ||
             number_to_bits(weights[k]) != number_to_bits(here ? weight : 0.0f))
             return 1;
@@ -45,10 +41,11 @@ static int verify_tables(bench_rank_t *self, const epx_received_t *received, boo
     const bench_work_t *work = &self->bench->work;
     void *keep[3] = {NULL, NULL, NULL};
     size_t rows = self->rows, topk = work->topk;
-    const int32_t *src = look(self, received->src_token, rows * sizeof *src, &keep[0]);
-    const int64_t *ids = cached || !src ? NULL : look(self, received->topk_idx, rows * topk * sizeof *ids, &keep[1]);
+    const int32_t *src = bench_look(self, received->src_token, rows * sizeof *src, &keep[0]);
+    const int64_t *ids =
+        cached || !src ? NULL : bench_look(self, received->topk_idx, rows * topk * sizeof *ids, &keep[1]);
     const float *weights =
-        cached || !ids ? NULL : look(self, received->topk_weights, rows * topk * sizeof *weights, &keep[2]);
+        cached || !ids ? NULL : bench_look(self, received->topk_weights, rows * topk * sizeof *weights, &keep[2]);
     int failed = !src || (!cached && !weights);
     int source = 0;
     uint32_t token = 0;
@@ -215,9 +212,9 @@ int bench_verify_layout(bench_rank_t *self, uint64_t *wrong)
     int32_t *expected = calloc(work->experts, sizeof *expected);
     if (!expected || self->mem->sync(self->context))
         return rank_fail(self->rank, "the layout could not be looked at");
-    const int32_t *per_rank = look(self, self->layout_rank, ranks * sizeof *per_rank, &keep[0]);
-    const int32_t *per_expert = look(self, self->layout_expert, work->experts * sizeof *per_expert, &keep[1]);
-    const uint8_t *in_rank = look(self, self->layout_in_rank, self->tokens * ranks, &keep[2]);
+    const int32_t *per_rank = bench_look(self, self->layout_rank, ranks * sizeof *per_rank, &keep[0]);
+    const int32_t *per_expert = bench_look(self, self->layout_expert, work->experts * sizeof *per_expert, &keep[1]);
+    const uint8_t *in_rank = bench_look(self, self->layout_in_rank, self->tokens * ranks, &keep[2]);
     int failed = !per_rank || !per_expert || !in_rank;
     for (uint64_t i = self->first * work->topk; i < (self->first + self->tokens) * work->topk && !failed; i++)
         if (work->ids[i] >= 0)

@@ -69,13 +69,15 @@ static void place_rows(bench_work_t *work)
             for (size_t d = 0; d < ranks; d++)
                 row[d] = to[d] = -1;
             for (int32_t d = 0; d < work->ranks; d++) {
-                bool wanted = false;
-                for (uint32_t k = 0; k < work->topk && !wanted; k++) {
+                uint64_t choices = 0;
+                for (uint32_t k = 0; k < work->topk; k++) {
                     int64_t id = work->ids[t * work->topk + k];
-                    wanted = id >= 0 && work->expert_rank[id] == d;
+                    choices += id >= 0 && work->expert_rank[id] == d;
                 }
-                if (!wanted)
+                if (!choices)
                     continue;
+                work->logical_choices += choices;
+                work->wire_choices += d != s ? choices : 0;
                 to[slot] = d;
                 row[slot++] = (int32_t)work->recv_rows[d]++;
                 work->matrix[(size_t)s * ranks + (size_t)d]++;

@@ -141,7 +141,8 @@ static void combine_part(const floor_t *floor, uint32_t begin, uint32_t end)
                 break;
             rows[count++] = plan->area[from] + (size_t)plan->dst_row[at] * row_bytes;
         }
-        sumrows(floor->out + token * row_bytes, rows, count, plan->hidden, plan->format, floor->variant > 0);
+        sumrows(plan->out ? plan->out[token] : floor->out + token * row_bytes, rows, count, plan->hidden, plan->format,
+                floor->variant > 0);
     }
 }
 

@@ -25,7 +25,8 @@ static const struct command {
 } commands[] = {
     {"demo", "a Mixture-of-Experts layer over a text, its experts spread over ranks, checked element by element",
      command_demo},
-    {"bench", "verifies and times dispatch, cached dispatch, combine and layout", command_bench},
+    {"bench", "verifies and times dispatch, cached dispatch, combine and layout, and those of low latency",
+     command_bench},
     {"info", "what this machine offers, what epx would choose and why, and every environment variable", command_info},
     {"check", "sends a pattern through every channel slot between all ranks and says per pair what works",
      command_check},

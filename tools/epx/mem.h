@@ -17,7 +17,7 @@
 
 #include <epx/epx.h>
 
-enum { MEM_ABI = 2 };
+enum { MEM_ABI = 3 };
 
 /*
  * What the floor of dispatch and combine moves on one rank: the very (source row, destination row) list that the
@@ -34,12 +34,14 @@ typedef struct floor_plan {
     pattern_format_t format;
     const void *x;        /* device, [tokens][row_bytes], what dispatch sends */
     uint8_t *const *area; /* CPU: [ranks] the received area of each, shared by all, made before the fork */
+    uint8_t *const *out;  /* CPU, combine: [tokens] where each sum goes; NULL: into memory of the floor's own */
     /* Host all-gather over the ranks, e.g. for memory handles: at most 512 bytes each. */
     int (*allgather)(void *context, const void *mine, size_t bytes, void *all);
     void *allgather_context;
 } floor_plan_t;
 
-typedef enum floor_kind { FLOOR_DISPATCH = 0, FLOOR_COMBINE = 1 } floor_kind_t;
+/* A mem_ops knows the first two; the last one is the sum of low latency's (bench_ll_floor.c). */
+typedef enum floor_kind { FLOOR_DISPATCH = 0, FLOOR_COMBINE = 1, FLOOR_PAIR = 2 } floor_kind_t;
 
 typedef struct mem_ops {
     uint32_t abi; /* MEM_ABI */
@@ -59,6 +61,13 @@ typedef struct mem_ops {
     int (*time_start)(void *context);            /* in the stream; then the call; then */
     int (*time_stop)(void *context, double *us); /* waits for the call's end */
     int (*chill)(void *context);                 /* makes the last-level cache cold; the CPU's does nothing */
+
+    /* Graphs: what is enqueued between begin and end is recorded instead. The CPU's refuse in words. end is called
+     * after every begin that went well; launch enqueues. */
+    int (*graph_begin)(void *context);
+    int (*graph_end)(void *context, void **graph);
+    int (*graph_launch)(void *context, void *graph);
+    void (*graph_free)(void *context, void *graph); /* NULL is fine */
 
     /* Floors. Collective over the ranks where open says so; a variant is one way of doing it, and the fastest counts.
      */

@@ -87,6 +87,38 @@ static int cpu_time_stop(void *context, double *us)
     return 0;
 }
 
+static int no_graphs(void)
+{
+    last_words = "a CPU has no CUDA graphs";
+    return 1;
+}
+
+static int cpu_graph_begin(void *context)
+{
+    (void)context;
+    return no_graphs();
+}
+
+static int cpu_graph_end(void *context, void **graph)
+{
+    (void)context;
+    (void)graph;
+    return no_graphs();
+}
+
+static int cpu_graph_launch(void *context, void *graph)
+{
+    (void)context;
+    (void)graph;
+    return no_graphs();
+}
+
+static void cpu_graph_free(void *context, void *graph)
+{
+    (void)context;
+    (void)graph;
+}
+
 static int cpu_floor_open(void *context, const floor_plan_t *plan, void **floor)
 {
     (void)context;
@@ -111,6 +143,10 @@ const mem_ops_t mem_ops_cpu = {
     .time_start = cpu_time_start,
     .time_stop = cpu_time_stop,
     .chill = cpu_nothing,
+    .graph_begin = cpu_graph_begin,
+    .graph_end = cpu_graph_end,
+    .graph_launch = cpu_graph_launch,
+    .graph_free = cpu_graph_free,
     .floor_open = cpu_floor_open,
     .floor_variants = floor_cpu_variants,
     .floor_variant_name = floor_cpu_variant_name,

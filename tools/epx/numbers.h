@@ -65,4 +65,34 @@ static inline uint16_t number_to_fp16(float value)
     return (uint16_t)(sign | (rounded - 0x38000000u) >> 13);
 }
 
+/*
+ * e4m3 (largest 448, what is beyond becomes 448). Finite numbers only. No branches and always inline, so that a loop
+ * over it becomes vector code.
+ */
+static inline __attribute__((always_inline)) uint8_t number_to_e4m3(float value)
+{
+    uint32_t bits = number_to_bits(value), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
+    uint32_t normal = (magnitude - (120u << 23) + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+    /* Below 2^-6: a multiple of 2^-9, rounded by the addition of 2^14, whose last bit that is. */
+    uint32_t small = number_to_bits(number_from_bits(magnitude) + 16384.0f) - 0x46800000u;
+    uint32_t rounded = magnitude < 0x3c800000u ? small : normal;
+    return (uint8_t)(sign | (rounded > 0x7e ? 0x7e : rounded));
+}
+
+/* 128 bf16 numbers and their scale: max(largest, 1e-4) / 448; each is multiplied by the inverse of that. */
+enum { NUMBER_FP8_BLOCK = 128 };
+static inline __attribute__((always_inline)) void number_fp8_block(const uint16_t *x, uint8_t *e4m3, float *scale)
+{
+    uint16_t most = 0; /* without the sign, bits compare as numbers do */
+    for (int i = 0; i < NUMBER_FP8_BLOCK; i++) {
+        uint16_t magnitude = x[i] & 0x7fff;
+        most = magnitude > most ? magnitude : most;
+    }
+    float largest = number_from_bf16(most);
+    *scale = (largest > 1e-4f ? largest : 1e-4f) / 448.0f;
+    float inverse = 1.0f / *scale;
+    for (int i = 0; i < NUMBER_FP8_BLOCK; i++)
+        e4m3[i] = number_to_e4m3(number_from_bf16(x[i]) * inverse);
+}
+
 #endif

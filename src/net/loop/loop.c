@@ -41,7 +41,7 @@ static epx_status_t loop_deliver(epx__local_t *to, const epx__net_put_t *put, ui
         char *memory = epx__local_find(to, put->to, put->to_offset, put->bytes);
         if (!memory)
             return EPX_E_INVALID;
-        memcpy(memory, put->memory->base + put->offset, put->bytes);
+        memcpy(memory, epx__net_at(put->memory->base, put->offset), put->bytes);
     }
     if (put->with_notice) {
         to->notices++;

@@ -5,6 +5,8 @@
  * one and nothing else. Bare names of providers that have no RDM endpoint of their own get the layer that gives them
  * one: tcp and verbs become tcp;ofi_rxm and verbs;ofi_rxm. What we need of it: RDM endpoints, RMA writes with
  * completion data of at least 4 bytes at the target. Order is not asked for.
+ *
+ * Of several interfaces, when neither one nor an address is named: the nearest, in turns (net/nic.h).
  */
 #include "net/ofi/ofi.h"
 
@@ -47,6 +49,30 @@ static epx_status_t nothing_found(const char *provider, const epx__net_config_t 
                                provider);
 }
 
+#define NICS_MAX 64
+
+/* Keep one of the list that fi_getinfo gave: the first entry of the nearest interface. `near`: how many were. */
+static epx_status_t keep_nearest(ofi_t *self, const epx__net_config_t *config, int *near)
+{
+    epx__nic_t nics[NICS_MAX];
+    struct fi_info *infos[NICS_MAX], *list = self->info;
+    int count = 0;
+    for (struct fi_info *info = list; info && count < NICS_MAX; info = info->next) {
+        int i = 0;
+        while (i < count && strcmp(nics[i].name, info->domain_attr->name) != 0)
+            i++;
+        if (i < count)
+            continue;
+        nics[count] = (epx__nic_t){.name = info->domain_attr->name, .fabric = info->fabric_attr->name};
+        epx__ofi_host->nic_look("", &nics[count]);
+        infos[count++] = info;
+    }
+    int chosen = epx__ofi_host->nic_choose(nics, count, epx__ofi_host->nic_here(), config->turn, near);
+    self->info = fi_dupinfo(infos[chosen]);
+    fi_freeinfo(list);
+    return self->info ? EPX_OK : epx__ofi_host->fail(EPX_E_NOMEM, "ofi endpoint: no memory for an fi_info");
+}
+
 epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config)
 {
     const char *provider = config->argument ? config->argument : "tcp", *run = "never run by us";
@@ -69,16 +95,27 @@ epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config)
         self->info = NULL;
         return nothing_found(provider, config, e);
     }
+    int near = 1;
+    if (!node && !config->nic) {
+        epx_status_t status = keep_nearest(self, config, &near);
+        if (status != EPX_OK)
+            return status;
+    }
     if (self->info->domain_attr->cq_data_size < 4)
         return epx__ofi_host->fail(EPX_E_UNSUPPORTED, "provider %s carries %zu bytes of completion data; 4 are needed",
                                    provider, self->info->domain_attr->cq_data_size);
     size_t most = self->info->ep_attr->max_msg_size;
     self->net.put_bytes_max = most > SIZE_MAX / 2 ? SIZE_MAX / 2 : most;
     self->net.device_memory = false;
+    self->any = (epx__net_memory_t){.bytes = SIZE_MAX};
+    self->net.any = self->info->domain_attr->mr_mode & FI_MR_LOCAL ? NULL : &self->any;
     self->cq_most = strstr(provider, "verbs") ? 8192 : 65536;
+    char equal[48] = "";
+    if (near > 1)
+        snprintf(equal, sizeof equal, ", one of %d equally near", near);
     snprintf(self->why, sizeof self->why,
-             "%s on %s (%s; %s), libfabric %u.%u, GPU memory staged: this build asks for none",
-             self->info->fabric_attr->prov_name, self->info->domain_attr->name,
+             "%s on %s%s (%s; %s), libfabric %u.%u, GPU memory staged: this build asks for none",
+             self->info->fabric_attr->prov_name, self->info->domain_attr->name, equal,
              config->argument ? "asked for" : "the default: always there", run, FI_MAJOR(fi_version()),
              FI_MINOR(fi_version()));
     return EPX_OK;

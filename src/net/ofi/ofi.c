@@ -189,7 +189,7 @@ static epx_status_t refused(ofi_t *self, ofi_peer_t *to, uint32_t peer)
 static epx_status_t write_out(ofi_t *self, const epx__net_put_t *put, ofi_context_t *context)
 {
     ofi_peer_t *to = &self->peers[put->peer];
-    const void *from = put->bytes ? put->memory->base + put->offset : (const char *)self->scratch;
+    const void *from = put->bytes ? (const void *)epx__net_at(put->memory->base, put->offset) : self->scratch;
     void *desc = put->bytes ? put->memory->desc : self->scratch_memory->desc;
     const epx__net_key_t *key = put->bytes ? put->to : &to->scratch;
     uint64_t where = key->base + (put->bytes ? put->to_offset : 0);

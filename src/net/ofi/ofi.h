@@ -50,7 +50,8 @@ typedef struct ofi {
     uint64_t lost_ms;
     size_t cq_most;
     uint64_t next_key;
-    uint64_t scratch[8]; /* peers write it, nobody reads it */
+    epx__net_memory_t any; /* net.any, where the provider takes sources that are not registered */
+    uint64_t scratch[8];   /* peers write it, nobody reads it */
     epx__net_memory_t *scratch_memory;
     epx__net_key_t scratch_key;
     char why[240];

@@ -194,7 +194,7 @@ static epx_status_t accept_put(sim_t *to, sim_t *self, const epx__net_put_t *put
     if (put->bytes) {
         under_way->to = *put->to;
         under_way->to_offset = put->to_offset;
-        under_way->source = put->memory->base + put->offset;
+        under_way->source = epx__net_at(put->memory->base, put->offset);
         if (put->bytes <= COPY_MAX && draw(to) % 2)
             under_way->copy = epx__calloc(1, put->bytes); /* none: read it late */
         if (under_way->copy)

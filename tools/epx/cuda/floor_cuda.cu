@@ -20,11 +20,9 @@ typedef struct way {
 } way_t;
 
 /* Dispatch: a whole row a stage (chunk unused). Combine: `chunk` bytes of a row. */
-static const way_t dispatch_ways[] = {{"16 SMs", 16, 14, 1, 0},
-                                      {"16 SMs, 2 stages", 16, 7, 2, 0},
-                                      {"24 SMs", 24, 14, 1, 0},
-                                      {"32 SMs", 32, 14, 1, 0},
-                                      {"64 SMs", 64, 14, 1, 0}};
+static const way_t dispatch_ways[] = {{"16 SMs", 16, 14, 1, 0}, {"16 SMs, 2 stages", 16, 7, 2, 0},
+                                      {"24 SMs", 24, 14, 1, 0}, {"32 SMs", 32, 14, 1, 0},
+                                      {"64 SMs", 64, 14, 1, 0}, {"128 SMs", 128, 8, 1, 0}}; /* few rows: low latency */
 static const way_t combine_ways[] = {
     {"24 SMs", 24, 16, 2, 2048}, {"32 SMs", 32, 16, 2, 1024}, {"48 SMs", 48, 16, 2, 1024}, {"64 SMs", 64, 8, 2, 2048}};
 

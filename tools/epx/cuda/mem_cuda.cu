@@ -141,6 +141,44 @@ static int gpu_chill(void *context)
     return failed(cudaMemsetAsync(gpu->chill, 1, CHILL_BYTES, gpu->stream), "emptying the cache");
 }
 
+static int gpu_graph_begin(void *context)
+{
+    return failed(cudaStreamBeginCapture(((gpu_t *)context)->stream, cudaStreamCaptureModeThreadLocal),
+                  "beginning a graph");
+}
+
+/* Uploaded too, so that the first launch is like the others. */
+static int gpu_graph_end(void *context, void **graph)
+{
+    gpu_t *gpu = (gpu_t *)context;
+    cudaGraph_t recorded = NULL;
+    cudaGraphExec_t exec = NULL;
+    if (failed(cudaStreamEndCapture(gpu->stream, &recorded), "ending a graph"))
+        return 1;
+    int bad = failed(cudaGraphInstantiate(&exec, recorded, 0), "making a graph");
+    cudaGraphDestroy(recorded);
+    if (bad)
+        return 1;
+    if (failed(cudaGraphUpload(exec, gpu->stream), "uploading a graph") || gpu_sync(context)) {
+        cudaGraphExecDestroy(exec);
+        return 1;
+    }
+    *graph = exec;
+    return 0;
+}
+
+static int gpu_graph_launch(void *context, void *graph)
+{
+    return failed(cudaGraphLaunch((cudaGraphExec_t)graph, ((gpu_t *)context)->stream), "launching a graph");
+}
+
+static void gpu_graph_free(void *context, void *graph)
+{
+    cudaStreamSynchronize(((gpu_t *)context)->stream);
+    if (graph)
+        cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
 static int gpu_floor_open(void *context, const floor_plan_t *plan, void **floor)
 {
     gpu_t *gpu = (gpu_t *)context;
@@ -175,6 +213,10 @@ extern "C" __attribute__((visibility("default"))) const mem_ops_t *epx_bench_mem
     ops.time_start = gpu_time_start;
     ops.time_stop = gpu_time_stop;
     ops.chill = gpu_chill;
+    ops.graph_begin = gpu_graph_begin;
+    ops.graph_end = gpu_graph_end;
+    ops.graph_launch = gpu_graph_launch;
+    ops.graph_free = gpu_graph_free;
     ops.floor_open = gpu_floor_open;
     ops.floor_variants = floor_cuda_variants;
     ops.floor_variant_name = floor_cuda_variant_name;

@@ -365,10 +365,7 @@ epx_status_t epx__ht_cpu_combine(epx__exchange_t *exchange, epx__exchange_handle
                          .weights = combine->topk_weights != NULL,
                          .lanes = lanes,
                          .lane_of = lane_of};
-    const uint8_t *weights = (const uint8_t *)combine->topk_weights;
-    const uint8_t *leases = ht->window + exchange->layout.lease_offset;
-    if (weights && weights >= leases && weights < leases + exchange->layout.lease_bytes)
-        job.weights_offset = (size_t)(weights - ht->window);
+    job.weights_offset = epx__weights_offset(ht, combine->topk_weights);
     job.staged = (epx__row_shape_t){.row_bytes = job.x_offset ? 0 : job.row_bytes,
                                     .topk = job.weights && !job.weights_offset ? job.topk : 0,
                                     .weights = 1};

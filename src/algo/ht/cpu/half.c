@@ -16,6 +16,8 @@
 #include "base/fail.h"
 #include "base/mutate.h"
 
+#define CLOSED_PATIENCE_NS 50000000u
+
 static epx__bell_t *bell_of(uint8_t *window, const epx__window_layout_t *layout)
 {
     return (epx__bell_t *)((epx__control_t *)(window + layout->control_offset))->bell;
@@ -215,6 +217,16 @@ static epx__blame_t find_blame(epx__half_t *half, char *also, size_t also_bytes)
     return blame;
 }
 
+/* A rank that has destroyed its buffer may have done so since somebody else failed or died. That news is on its way
+ * here too, and says more: it gets a moment. */
+static bool patience(epx__half_t *half)
+{
+    uint64_t now = epx__now_ns();
+    if (half->closed_since_ns == 0)
+        half->closed_since_ns = now;
+    return now - half->closed_since_ns < CLOSED_PATIENCE_NS;
+}
+
 /* Nothing moved: is somebody gone, or the time over? */
 static epx_status_t check_stuck(epx__half_t *half)
 {
@@ -225,7 +237,7 @@ static epx_status_t check_stuck(epx__half_t *half)
             /* It may have done its part since the last look, and only then closed. */
             half->last = step(half);
             half->looked = true;
-            if (half->last != EPX__STEP_STUCK)
+            if (half->last != EPX__STEP_STUCK || (!dead && patience(half)))
                 return EPX_OK;
             return epx__half_fail(half, EPX_E_PEER, blame.rank, "%s on rank %d waits for %s of rank %d, which %s",
                                   half->operation, half->ht->exchange->rank, blame.stage, blame.rank,
@@ -299,6 +311,8 @@ epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms)
     ht->self->posted = ht->self->heard = true;
     epx__ht_rails_start(half);
     epx_status_t status = run(half);
+    if (status != EPX_OK && half->lent) /* the caller may free it as soon as it is told */
+        epx__channels_halt(ht->rails->rails->channels);
     epx__ht_rails_end(half);
     return status;
 }

@@ -7,6 +7,8 @@
 #ifndef EPX_ALGO_HT_CPU_H
 #define EPX_ALGO_HT_CPU_H
 
+#include <string.h>
+
 #include "algo/exchange.h"
 #include "base/clock.h"
 #include "device/cpu/copy.h"
@@ -85,6 +87,7 @@ struct epx__half {
     epx__step_t last;
     bool looked; /* `last` has not been acted upon */
     uint64_t stuck_polls;
+    uint64_t closed_since_ns; /* a rank that is waited for was seen to have destroyed its buffer; 0: none */
     /* Fill the half's own part of the message to `peer` (and its tail), given zeroed; take what its message says. */
     void (*fill)(epx__half_t *half, epx__ht_peer_t *peer, epx__message_t *message, void *tail);
     epx_status_t (*hear)(epx__half_t *half, epx__ht_peer_t *peer, const void *tail);
@@ -94,6 +97,7 @@ struct epx__half {
     size_t (*rail_fill)(epx__half_t *half, int domain, struct epx__rail_message *message);
     void (*rail_heard)(epx__half_t *half);
     bool rails_done, helping;
+    bool lent; /* the network was given memory of the caller's to read */
     void (*blame)(epx__half_t *half, epx__blame_t *blame);
     void *job;
 };
@@ -125,6 +129,27 @@ static inline uint64_t epx__shape_mix(uint64_t hash, uint64_t value)
 /* The ring of `peer` in my reserve (one piece a member): offset and bytes. */
 size_t epx__ht_ring_offset(const epx__ht_cpu_t *ht, const epx__ht_peer_t *peer);
 size_t epx__ht_ring_bytes(const epx__ht_cpu_t *ht);
+
+/* One token's side data, packed. */
+static inline void epx__side_row(const epx_rows_t *rows, uint8_t *to, int64_t token)
+{
+    const uint8_t *from = (const uint8_t *)rows->side + token * rows->side_token_stride_bytes;
+    size_t elem = rows->side_elem_bytes;
+    if (rows->side_elem_stride_bytes == (int64_t)elem) {
+        memcpy(to, from, elem * rows->side_elems);
+        return;
+    }
+    for (uint32_t i = 0; i < rows->side_elems; i++)
+        memcpy(to + i * elem, from + (int64_t)i * rows->side_elem_stride_bytes, elem);
+}
+
+/* Of x and weights in combine: the offset of weights in the window, 0 when they lie elsewhere; what must be staged. */
+static inline size_t epx__weights_offset(const epx__ht_cpu_t *ht, const float *topk_weights)
+{
+    const uint8_t *weights = (const uint8_t *)topk_weights, *leases = ht->window + ht->exchange->layout.lease_offset;
+    bool leased = weights && weights >= leases && weights < leases + ht->exchange->layout.lease_bytes;
+    return leased ? (size_t)(weights - ht->window) : 0;
+}
 
 /* The halves. */
 epx_status_t epx__ht_cpu_layout(epx__exchange_t *exchange, const epx_layout_t *layout, const epx__experts_t *map,

@@ -105,8 +105,10 @@ void epx__ht_rails_start(epx__half_t *half)
 {
     epx__ht_rails_t *rails = half->ht->rails;
     half->rails_done = !rails;
-    for (int d = 0; rails && d < rails->domains; d++)
+    for (int d = 0; rails && d < rails->domains; d++) {
         rails->rail[d].posted = rails->rail[d].heard = d == rails->home;
+        rails->rail[d].straight = false;
+    }
     epx__ht_rails_sleep(half, false);
 }
 
@@ -137,7 +139,7 @@ bool epx__ht_rails_help(epx__half_t *half)
     return false;
 }
 
-static epx_status_t push_failed(epx__half_t *half, const epx__ht_rail_t *rail, epx_status_t status)
+epx_status_t epx__rail_failed(epx__half_t *half, const epx__ht_rail_t *rail, epx_status_t status)
 {
     const epx__channels_t *channels = half->ht->rails->rails->channels;
     return epx__half_fail(half, status, rail->rank, "%s on rank %d: the channel to rank %d: %s%s%s", half->operation,
@@ -160,7 +162,7 @@ static epx_status_t post(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail
     size_t to = epx__rails_inbox(rails->rails, rails->home, half->sequence);
     epx_status_t status = epx_port_put_signal(rail->messages, 0, to, out, bytes);
     if (status != EPX_OK)
-        return push_failed(half, rail, status);
+        return epx__rail_failed(half, rail, status);
     epx_traffic_t *traffic = &half->ht->exchange->traffic;
     traffic->net_bytes += bytes;
     traffic->net_puts++;
@@ -257,7 +259,8 @@ epx_status_t epx__rail_stream_init(const epx__ht_rails_t *rails, epx__rail_strea
 {
     size_t ring = rails->rails->layout.ring_bytes;
     size_t most = ring / 4 < CHUNK_BYTES ? ring / 4 : CHUNK_BYTES;
-    *stream = (epx__rail_stream_t){.stride = stride, .total = total, .base = base, .rows_per_chunk = 1, .slots = 1};
+    *stream = (epx__rail_stream_t){
+        .stride = stride, .ring_stride = stride, .total = total, .base = base, .rows_per_chunk = 1, .slots = 1};
     if (stride == 0)
         return EPX_OK;
     if (stride > ring)
@@ -276,11 +279,11 @@ epx_status_t epx__rail_stream_init(const epx__ht_rails_t *rails, epx__rail_strea
 uint8_t *epx__rail_row(uint8_t *ring, const epx__rail_stream_t *stream, uint64_t k)
 {
     uint64_t slot = k / stream->rows_per_chunk % stream->slots;
-    return ring + (slot * stream->rows_per_chunk + k % stream->rows_per_chunk) * stream->stride;
+    return ring + slot * stream->rows_per_chunk * stream->stride + k % stream->rows_per_chunk * stream->ring_stride;
 }
 
 /* The end of the chunk that row `moved` begins. */
-static uint32_t chunk_end(const epx__rail_stream_t *out)
+uint32_t epx__rail_chunk_end(const epx__rail_stream_t *out)
 {
     return out->total - out->moved < out->rows_per_chunk ? out->total : out->moved + out->rows_per_chunk;
 }
@@ -294,29 +297,19 @@ uint32_t epx__rail_room(const epx__ht_rails_t *rails, epx__ht_rail_t *rail)
     uint64_t away = rail->chunks_sent - epx_ld_acquire_sys_u64(rail->credit->signals);
     if (away >= out->slots && !EPX__MUTATE(rail_no_credit))
         return 0;
-    return chunk_end(out) - out->packed;
+    return epx__rail_chunk_end(out) - out->packed;
 }
 
 bool epx__rail_put(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail_t *rail)
 {
     epx__rail_stream_t *out = &rail->out;
-    uint32_t end = chunk_end(out);
+    uint32_t end = epx__rail_chunk_end(out);
     if (out->moved == out->total || out->packed < end)
         return false;
-    size_t at = (size_t)(epx__rail_row(half->ht->window, out, out->moved) - half->ht->window);
-    size_t bytes = (end - out->moved) * out->stride;
-    epx_status_t status = epx_port_put_signal(rail->data, 0, epx__rails_receive(rails->rails, rails->home) + at,
-                                              epx__rails_send(rails->rails, rail->domain) + at, bytes);
-    if (status != EPX_OK) {
-        push_failed(half, rail, status);
-        return false;
-    }
-    epx_traffic_t *traffic = &half->ht->exchange->traffic;
-    traffic->net_bytes += bytes;
-    traffic->net_puts++;
-    out->moved = end;
-    rail->chunks_sent++;
-    return true;
+    uint8_t *ring = half->ht->window; /* any base: its offset is asked for */
+    size_t at = (size_t)(epx__rail_row(ring, out, out->moved) - ring);
+    epx__rail_source_t source = {EPX__RAILS_MEMORY_RAILS, epx__rails_send(rails->rails, rail->domain) + at};
+    return epx__rail_put_from(half, rails, rail, &source);
 }
 
 bool epx__rail_look(epx__ht_rail_t *rail)
@@ -341,7 +334,7 @@ bool epx__rail_free(epx__half_t *half, epx__ht_rail_t *rail, uint32_t rows)
     while (rail->chunks_freed < in->base + chunks) {
         epx_status_t status = epx_port_signal(rail->credit);
         if (status != EPX_OK) {
-            push_failed(half, rail, status);
+            epx__rail_failed(half, rail, status);
             return moved;
         }
         rail->chunks_freed++;

@@ -17,7 +17,9 @@
 
 /* Rows of one half on their way through a ring. Row k lies in slot k / rows_per_chunk % slots. */
 typedef struct epx__rail_stream {
-    size_t stride;
+    size_t stride; /* of a record: chunks and slots are cut by it */
+    size_t
+        ring_stride; /* what of a record passes through the ring: all, or all but x, which goes straight to its place */
     uint32_t rows_per_chunk, slots;
     uint32_t total;
     uint32_t packed; /* out: rows in the send ring or gone */
@@ -32,6 +34,8 @@ typedef struct epx__ht_rail {
     const epx_port_channel_t *messages, *data, *credit;
     uint64_t chunks_sent, chunks_freed; /* ever: put by me; given back by me */
     bool posted, heard;                 /* this half's message */
+    bool straight;                      /* in this half something was put from where the caller has it */
+    uint64_t x_place;                   /* in its window, of my rows; 0: through the ring */
     epx__rail_message_t mail;
     epx__rail_stream_t out, in;
 } epx__ht_rail_t;
@@ -96,13 +100,44 @@ uint8_t *epx__rail_row(uint8_t *ring, const epx__rail_stream_t *stream, uint64_t
 /* Out: rows that may be packed now, up to a chunk; then put what is whole. */
 uint32_t epx__rail_room(const epx__ht_rails_t *rails, epx__ht_rail_t *rail);
 bool epx__rail_put(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail_t *rail);
+/* The end of the chunk that row `moved` begins. */
+uint32_t epx__rail_chunk_end(const epx__rail_stream_t *out);
+/* A channel to this rail refused. */
+epx_status_t epx__rail_failed(epx__half_t *half, const epx__ht_rail_t *rail, epx_status_t status);
 /* In: look for chunks that have come; give back what is done with. */
 bool epx__rail_look(epx__ht_rail_t *rail);
 bool epx__rail_free(epx__half_t *half, epx__ht_rail_t *rail, uint32_t rows);
 
+/* rail_straight.c: rows put from where they lie, and to where they belong, past the rings. */
+typedef struct epx__rail_source {
+    uint32_t memory; /* of the channels */
+    uint64_t offset;
+} epx__rail_source_t;
+
+/* Can the network read these bytes where they are? */
+bool epx__rail_source(const epx__ht_rails_t *rails, const void *from, size_t bytes, epx__rail_source_t *source);
+/* The chunk that is next, all of it one piece at `source`, into the rail's ring. */
+bool epx__rail_put_from(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail_t *rail,
+                        const epx__rail_source_t *source);
+/* x of rows [from, to) of the stream, rows of one chunk, to their final places; token[k]: row k's token. */
+bool epx__rail_put_x(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail_t *rail, const epx_rows_t *rows,
+                     const int32_t *token, uint32_t from, uint32_t to);
+/* Room for all requests of a chunk, however it is cut. */
+bool epx__rail_chunk_room(const epx__ht_rail_t *rail);
+/* Nothing of the caller's is read by the network any more. */
+bool epx__rail_let_go(const epx__ht_rails_t *rails);
+void epx__rail_blame_straight(const epx__ht_rails_t *rails, epx__blame_t *blame);
+/* One request on the rail's data channel, counted; false: it failed, and so has the half. */
+bool epx__rail_push(epx__half_t *half, epx__ht_rail_t *rail, const epx__rail_source_t *source, uint32_t to_memory,
+                    uint64_t to, size_t bytes, bool signal);
+
 /* rail_rows.c: the part of dispatch_end and dispatch_again that crosses. */
-epx_status_t epx__rail_rows_init(epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle,
-                                 const epx__row_shape_t *shape);
+epx_status_t epx__rail_rows_init(epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle, const epx__row_shape_t *shape,
+                                 const epx__target_t *target);
+/* The half's message to the rail of `domain` (its bytes); what the rails' messages say. */
+size_t epx__rail_rows_fill(const epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle, const epx__target_t *target,
+                           const epx__row_shape_t *shape, int domain, epx__rail_message_t *message);
+void epx__rail_rows_heard(const epx__ht_cpu_t *ht, const epx__row_shape_t *shape);
 epx__step_t epx__rail_rows_step(epx__half_t *half, const epx__exchange_handle_t *handle, const epx_rows_t *rows,
                                 const epx__target_t *target, const epx__row_shape_t *shape);
 void epx__rail_rows_blame(epx__ht_cpu_t *ht, epx__blame_t *blame);

@@ -6,7 +6,8 @@
  *   free     what all have taken goes back to the sender as credit
  *
  * A record is x, side, ids, weights, one after the other, rounded up to 16 bytes. Ids are global, as the sender has
- * them.
+ * them. With one rank a domain and a lease to receive in, x goes straight to its place (rail_straight.c) and the rest
+ * of the record through the ring.
  */
 #include <string.h>
 
@@ -17,14 +18,47 @@
 #define STREAM_BYTES (2u << 20) /* below this in all, rows stay in the cache */
 #define PULL_BYTES (2u << 20)   /* pulled of one stream by one step, about */
 
-static size_t record_bytes(const epx__row_shape_t *shape)
+/* Of a record, all but x, which is a multiple of 16 bytes itself. */
+static size_t rest_bytes(const epx__row_shape_t *shape)
 {
-    size_t bytes = shape->row_bytes + shape->side_bytes + (size_t)shape->topk * shape->idx_bytes;
+    size_t bytes = shape->side_bytes + (size_t)shape->topk * shape->idx_bytes;
     bytes += shape->weights ? (size_t)shape->topk * 4 : 0;
     return (bytes + 15) / 16 * 16;
 }
 
-epx_status_t epx__rail_rows_init(epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle, const epx__row_shape_t *shape)
+static size_t record_bytes(const epx__row_shape_t *shape)
+{
+    return shape->row_bytes + rest_bytes(shape);
+}
+
+/* Do my rails put x straight into my lease? */
+static bool straight(const epx__ht_rails_t *rails, const epx__target_t *target)
+{
+    return rails->members == 1 && !target->own && target->place.x;
+}
+
+size_t epx__rail_rows_fill(const epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle, const epx__target_t *target,
+                           const epx__row_shape_t *shape, int domain, epx__rail_message_t *message)
+{
+    size_t first = (size_t)ht->routing[handle->index].start[ht->rails->rail[domain].rank];
+    if (straight(ht->rails, target))
+        message->x_place = (uint64_t)((uint8_t *)target->place.x - ht->window) + first * shape->row_bytes;
+    return sizeof *message;
+}
+
+void epx__rail_rows_heard(const epx__ht_cpu_t *ht, const epx__row_shape_t *shape)
+{
+    epx__ht_rails_t *rails = ht->rails;
+    for (int d = 0; d < rails->domains; d++) {
+        epx__ht_rail_t *rail = &rails->rail[d];
+        rail->x_place = d == rails->home ? 0 : rail->mail.x_place;
+        if (rail->x_place)
+            rail->out.ring_stride = rest_bytes(shape);
+    }
+}
+
+epx_status_t epx__rail_rows_init(epx__ht_cpu_t *ht, const epx__exchange_handle_t *handle, const epx__row_shape_t *shape,
+                                 const epx__target_t *target)
 {
     epx__ht_rails_t *rails = ht->rails;
     const epx__rail_routing_t *routing = &rails->routing[handle->index];
@@ -35,6 +69,8 @@ epx_status_t epx__rail_rows_init(epx__ht_cpu_t *ht, const epx__exchange_handle_t
         uint32_t out = d == rails->home ? 0 : (uint32_t)routing->cross_count[d];
         EPX__TRY(epx__rail_stream_init(rails, &rail->out, record_bytes(shape), out, rail->chunks_sent));
         EPX__TRY(epx__rail_stream_init(rails, &rail->in, record_bytes(shape), in, rail->chunks_freed));
+        if (straight(rails, target))
+            rail->in.ring_stride = rest_bytes(shape);
         for (int i = 0; i < rails->members; i++) {
             size_t source = (size_t)epx__topology_rank(ht->exchange->topology, d, i);
             uint32_t mine =
@@ -69,18 +105,6 @@ typedef struct piece {
     uint32_t from, to; /* rows of the stream; pulls: of my list */
 } piece_t;
 
-static void gather_side(const epx_rows_t *rows, uint8_t *to, int64_t token)
-{
-    const uint8_t *from = (const uint8_t *)rows->side + token * rows->side_token_stride_bytes;
-    size_t elem = rows->side_elem_bytes;
-    if (rows->side_elem_stride_bytes == (int64_t)elem) {
-        memcpy(to, from, elem * rows->side_elems);
-        return;
-    }
-    for (uint32_t i = 0; i < rows->side_elems; i++)
-        memcpy(to + i * elem, from + (int64_t)i * rows->side_elem_stride_bytes, elem);
-}
-
 static void gather_part(void *context, int part, int parts)
 {
     const piece_t *piece = context;
@@ -96,10 +120,12 @@ static void gather_part(void *context, int part, int parts)
     for (uint32_t k = from; k < to; k++) {
         size_t t = (size_t)token[k], ids = (size_t)shape->topk * shape->idx_bytes;
         uint8_t *at = epx__rail_row(ring, &piece->rail->out, k);
-        memcpy(at, (const uint8_t *)piece->rows->x + t * piece->rows->x_stride_bytes, shape->row_bytes);
-        at += shape->row_bytes;
+        if (!piece->rail->x_place) {
+            memcpy(at, (const uint8_t *)piece->rows->x + t * piece->rows->x_stride_bytes, shape->row_bytes);
+            at += shape->row_bytes;
+        }
         if (shape->side_bytes)
-            gather_side(piece->rows, at, (int64_t)t);
+            epx__side_row(piece->rows, at, (int64_t)t);
         at += shape->side_bytes;
         if (ids)
             memcpy(at, (const uint8_t *)args->topk_idx + t * ids, ids);
@@ -108,17 +134,42 @@ static void gather_part(void *context, int part, int parts)
     }
 }
 
+/* Is the whole chunk one piece of the caller's memory that the network can read? */
+static bool whole_piece(const piece_t *piece, const int32_t *token, epx__rail_source_t *source)
+{
+    uint32_t rows = piece->to - piece->from;
+    size_t row = piece->shape->row_bytes;
+    if (piece->rail->x_place || piece->rail->out.ring_stride != row || piece->rows->x_stride_bytes != row ||
+        token[piece->to - 1] - token[piece->from] != (int32_t)(rows - 1))
+        return false;
+    return epx__rail_source(piece->ht->rails, (const uint8_t *)piece->rows->x + (size_t)token[piece->from] * row,
+                            rows * row, source);
+}
+
+/* One chunk: x straight to its place, or with the rest through the ring. */
 static bool send_step(epx__half_t *half, piece_t *piece)
 {
-    epx__rail_stream_t *out = &piece->rail->out;
-    uint32_t room = epx__rail_room(piece->ht->rails, piece->rail);
-    if (room) {
-        piece->from = out->packed;
-        piece->to = out->packed + room;
+    epx__ht_rails_t *rails = piece->ht->rails;
+    epx__ht_rail_t *rail = piece->rail;
+    const int32_t *token =
+        rails->routing[piece->handle->index].cross_token + (size_t)rail->domain * rails->rails->tokens_max;
+    uint32_t room = epx__rail_room(rails, rail);
+    epx__rail_source_t source;
+    if (room == 0 || !epx__rail_chunk_room(rail))
+        return false;
+    piece->from = rail->out.packed;
+    piece->to = rail->out.packed + room;
+    if (whole_piece(piece, token, &source))
+        return epx__rail_put_from(half, rails, rail, &source);
+    if (rail->out.ring_stride)
         epx__workers_run(piece->ht->workers, gather_part, piece);
-        out->packed = piece->to;
-    }
-    return epx__rail_put(half, piece->ht->rails, piece->rail) || room > 0;
+    rail->out.packed = piece->to;
+    if (EPX__MUTATE(rail_x_late))
+        epx__rail_put(half, rails, rail);
+    if (rail->x_place && !epx__rail_put_x(half, rails, rail, piece->rows, token, piece->from, piece->to))
+        return true;
+    epx__rail_put(half, rails, rail);
+    return true;
 }
 
 /* ---- arrive ---- */
@@ -180,15 +231,18 @@ static void pull_part(void *context, int part, int parts)
     const int32_t *token_of = crossing->pull_token + (size_t)source * rails->rails->tokens_max;
     uint8_t *ring = rails->rails->member[piece->member] + epx__rails_receive(rails->rails, d);
     bool streaming = piece->ht->exchange->streaming && (uint64_t)piece->handle->rows * shape->row_bytes > STREAM_BYTES;
+    bool x_there = straight(rails, piece->target);
     uint32_t span = piece->to - piece->from;
     uint32_t from = piece->from + (uint32_t)((uint64_t)span * (uint32_t)part / (uint32_t)parts);
     uint32_t to = piece->from + (uint32_t)((uint64_t)span * (uint32_t)(part + 1) / (uint32_t)parts);
     for (uint32_t j = from; j < to; j++) {
         const uint8_t *record = epx__rail_row(ring, &piece->rail->in, (uint64_t)row_of[j]);
         size_t row = (size_t)routing->start[source] + j;
-        if (place->x)
-            epx__copy_row((uint8_t *)place->x + row * shape->row_bytes, record, shape->row_bytes, streaming);
-        record += shape->row_bytes;
+        if (!x_there) {
+            if (place->x)
+                epx__copy_row((uint8_t *)place->x + row * shape->row_bytes, record, shape->row_bytes, streaming);
+            record += shape->row_bytes;
+        }
         if (place->side && shape->side_bytes)
             memcpy((uint8_t *)place->side + row * shape->side_bytes, record, shape->side_bytes);
         if (shape->topk)
@@ -233,7 +287,7 @@ static bool pull_step(piece_t *piece)
     epx__rail_words_t *mine = epx__rails_words(rails->rails, piece->member, rails->index, piece->rail->domain);
     if (EPX__MUTATE(rail_taken_first) && n) { /* and wide enough a gap to be seen */
         epx__word_post(&ht->peers[piece->member], &mine->taken, rails->streamed[at] + arrived);
-        epx__sleep_ns(300000);
+        epx__sleep_ns(2000000);
     }
     if (n)
         epx__workers_run(ht->workers, pull_part, piece);
@@ -288,6 +342,7 @@ epx__step_t epx__rail_rows_step(epx__half_t *half, const epx__exchange_handle_t 
         moved |= free_step(half, ht, rail);
         done &= rail->out.moved == rail->out.total && rail->in.freed == rail->in.total;
     }
+    done = done && epx__rail_let_go(rails);
     if (half->status != EPX_OK)
         return EPX__STEP_FAILED;
     return done ? EPX__STEP_DONE : moved ? EPX__STEP_MOVED : EPX__STEP_STUCK;
@@ -305,6 +360,7 @@ void epx__rail_rows_blame(epx__ht_cpu_t *ht, epx__blame_t *blame)
         if (rail->out.moved < rail->out.total)
             epx__blame_rank(blame, rail->rank, "room in its receive ring", rail->out.total, rail->out.moved);
     }
+    epx__rail_blame_straight(rails, blame);
     for (int m = 0; m < rails->members; m++)
         for (int d = 0; d < rails->domains; d++) {
             const epx__rail_pull_t *pull = &rails->pulls[m * rails->domains + d];

@@ -53,18 +53,6 @@ typedef struct rows_job {
 
 /* ---- one row ---- */
 
-static void write_side(const epx_rows_t *rows, uint8_t *to, int64_t token)
-{
-    const uint8_t *from = (const uint8_t *)rows->side + token * rows->side_token_stride_bytes;
-    size_t elem = rows->side_elem_bytes;
-    if (rows->side_elem_stride_bytes == (int64_t)elem) {
-        memcpy(to, from, elem * rows->side_elems);
-        return;
-    }
-    for (uint32_t i = 0; i < rows->side_elems; i++)
-        memcpy(to + i * elem, from + (int64_t)i * rows->side_elem_stride_bytes, elem);
-}
-
 /* An expert's number at `rank`, -1 when it is not there. Which ids are there is as random as routing is: no branch on
  * it in the usual case of equal blocks. */
 static inline int64_t local_at(const epx__experts_t *map, int64_t id, int rank)
@@ -108,7 +96,7 @@ static void write_row(const rows_job_t *job, const epx_place_t *place, size_t ro
     epx__copy_row((uint8_t *)place->x + row * rows->row_bytes, (const uint8_t *)rows->x + token * rows->x_stride_bytes,
                   rows->row_bytes, job->streaming);
     if (place->side)
-        write_side(rows, (uint8_t *)place->side + row * job->shape.side_bytes, (int64_t)token);
+        epx__side_row(rows, (uint8_t *)place->side + row * job->shape.side_bytes, (int64_t)token);
     if (job->shape.topk)
         write_topk(job, place, row, token, rank);
     if (place->src_token)
@@ -355,6 +343,18 @@ static epx_status_t hear(epx__half_t *half, epx__ht_peer_t *peer, const void *ta
     return EPX_OK;
 }
 
+static size_t rail_fill(epx__half_t *half, int domain, epx__rail_message_t *message)
+{
+    const rows_job_t *job = half->job;
+    return epx__rail_rows_fill(half->ht, job->handle, job->target, &job->shape, domain, message);
+}
+
+static void rail_heard(epx__half_t *half)
+{
+    const rows_job_t *job = half->job;
+    epx__rail_rows_heard(half->ht, &job->shape);
+}
+
 static epx__step_t work(epx__half_t *half)
 {
     rows_job_t *job = half->job;
@@ -476,7 +476,7 @@ epx_status_t epx__ht_cpu_rows(epx__exchange_t *exchange, epx__exchange_handle_t 
     job.streaming = exchange->streaming && (uint64_t)args->tokens * rows->row_bytes > STREAM_BYTES;
     EPX__TRY(init_lanes(&job));
     if (ht->rails)
-        EPX__TRY(epx__rail_rows_init(ht, handle, &job.shape));
+        EPX__TRY(epx__rail_rows_init(ht, handle, &job.shape, target));
 
     uint64_t shape = epx__shape_mix(0, job.shape.row_bytes);
     shape = epx__shape_mix(shape, rows->side_elem_bytes * 1000003u + rows->side_elems);
@@ -489,6 +489,8 @@ epx_status_t epx__ht_cpu_rows(epx__exchange_t *exchange, epx__exchange_handle_t 
                         .fill = fill,
                         .hear = hear,
                         .work = work,
+                        .rail_fill = rail_fill,
+                        .rail_heard = rail_heard,
                         .blame = blame,
                         .job = &job};
     EPX__TRY(epx__half_run(&half, args->timeout_ms));
