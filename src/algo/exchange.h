@@ -98,6 +98,7 @@ struct epx__exchange {
     epx__fault_t fault;
     epx_traffic_t traffic;
     void *net;           /* what carries rows between domains (algo/rails.h); NULL with one domain */
+    void *ll_net;        /* what carries low latency between domains (algo/ll/net.h); NULL: nothing needed */
     uint32_t notice_tag; /* of failures told to other domains through the bootstrap */
 };
 

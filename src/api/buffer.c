@@ -201,6 +201,7 @@ static void on_death(void *context, int rank)
 {
     epx_buffer_t *buffer = context;
     const epx__ll_ops_t *ll_ops = buffer->group->ll_ops;
+    epx__buffer_rails_lost(buffer, rank);
     if (buffer->x.ll && ll_ops->outlives && ll_ops->outlives(&buffer->x, rank))
         return;
     epx__exchange_fault(&buffer->x, EPX_E_PEER, "rank %d is gone (its process ended or its host is out of reach)",
@@ -222,6 +223,7 @@ static epx_status_t local_parts(epx_buffer_t *buffer, const epx_buffer_config_t 
     buffer->entered = true;
     uint32_t chunk_words = group->device->ops->backend == EPX_BACKEND_CUDA ? EPX__CUDA_CHUNK_WORDS : 0;
     EPX__TRY(epx__window_layout_make((uint32_t)group->ranks, &x->config, chunk_words, &x->layout));
+    EPX__TRY(epx__ll_check_memory(buffer));
     EPX__TRY(epx__window_create(group->device, group->fdserver, x->layout.total_bytes, &x->window, exported));
     *window_open = true;
     return EPX_OK;
@@ -258,6 +260,7 @@ static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *confi
     status = import_peers(buffer);
     EPX__TRY(epx__group_agree(group, status, "mapping the peers' windows"));
     EPX__TRY(epx__buffer_rails_open(buffer));
+    EPX__TRY(epx__buffer_ll_net_open(buffer));
     status = buffer->x.ops->create(&buffer->x);
     buffer->created = status == EPX_OK;
     if (status == EPX_OK)
@@ -277,6 +280,7 @@ static void unmake(epx_buffer_t *buffer)
         epx__bootstrap_off_death(group->bootstrap, buffer->death_slot);
     if (x->ll)
         group->ll_ops->destroy(x);
+    epx__buffer_ll_net_close(buffer);
     if (buffer->created)
         x->ops->destroy(x);
     epx__buffer_rails_close(buffer);

@@ -1,8 +1,44 @@
 /* Low latency: argument checks, the calls' states and slots; one call of the implementation each. */
 #include <string.h>
+#include <unistd.h>
 
 #include "api/check.h"
 #include "base/fail.h"
+
+/* How many tokens low latency with that hidden could have in so many bytes of a rank. */
+static uint32_t tokens_fit(const epx_buffer_t *buffer, uint32_t hidden, size_t bytes)
+{
+    const epx__topology_t *topology = &buffer->group->topology;
+    epx__ll_layout_t shape = buffer->x.layout.ll;
+    shape.hidden_max = hidden;
+    return epx__ll_tokens_fit(&shape, (uint32_t)(topology->ranks - topology->per_domain), bytes);
+}
+
+static size_t memory_of(const epx_buffer_t *buffer)
+{
+    const epx__topology_t *topology = &buffer->group->topology;
+    return epx__ll_bytes(&buffer->x.layout.ll, (uint32_t)(topology->ranks - topology->per_domain));
+}
+
+epx_status_t epx__ll_check_memory(const epx_buffer_t *buffer)
+{
+    const epx_group_t *group = buffer->group;
+    const epx__ll_layout_t *l = &buffer->x.layout.ll;
+    if (l->tokens_max == 0 || group->device->ops->backend != EPX_BACKEND_CPU)
+        return EPX_OK;
+    uint64_t host = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    size_t each = host / (uint64_t)group->host_ranks;
+    size_t bytes = memory_of(buffer);
+    if (bytes <= each)
+        return EPX_OK;
+    return epx__fail(
+        EPX_E_INVALID,
+        "epx_buffer_create: low latency for ll_tokens_max %u, ll_hidden_max %u, topk_max %u and %u slots on "
+        "%d ranks takes %zu bytes of each; this host has %zu for each of its %d ranks. The largest "
+        "ll_tokens_max that fits is %u",
+        l->tokens_max, l->hidden_max, l->topk_max, l->slots, group->ranks, bytes, each, group->host_ranks,
+        tokens_fit(buffer, l->hidden_max, each));
+}
 
 /* From the caller's name to a buffer with low latency that can take a call. */
 static epx_status_t usable(epx_buffer_t **buffer, const char *call)
@@ -40,9 +76,15 @@ static epx_status_t check_dispatch(epx_buffer_t *buffer, epx_ll_dispatch_t *d, e
         return epx__fail(EPX_E_INVALID, "%s: format %d; EPX_LL_BF16 or EPX_LL_FP8", call, (int)d->format);
     if (d->order != EPX_LL_EXPERT_MAJOR && d->order != EPX_LL_RANK_MAJOR)
         return epx__fail(EPX_E_INVALID, "%s: order %d; EPX_LL_EXPERT_MAJOR or EPX_LL_RANK_MAJOR", call, (int)d->order);
-    if (d->hidden == 0 || d->hidden % unit || d->hidden > c->ll_hidden_max)
+    if (d->hidden == 0 || d->hidden % unit)
         return epx__fail(EPX_E_INVALID, "%s: hidden is %u; a multiple of %u up to this buffer's ll_hidden_max (%u)",
                          call, d->hidden, unit, c->ll_hidden_max);
+    if (d->hidden > c->ll_hidden_max)
+        return epx__fail(EPX_E_INVALID,
+                         "%s: hidden is %u; this buffer was created for ll_tokens_max %u and ll_hidden_max %u. As much "
+                         "memory would hold rows of %u for ll_tokens_max %u at most",
+                         call, d->hidden, c->ll_tokens_max, c->ll_hidden_max, d->hidden,
+                         tokens_fit(buffer, d->hidden, memory_of(buffer)));
     uint32_t tokens = d->tokens > c->tokens_max ? c->tokens_max : d->tokens; /* LL has its own limit, checked above */
     EPX__TRY(epx__check_routing(buffer, call, d->topk_idx, &d->topk_idx_bits, tokens, d->topk, d->experts, map));
     EPX__TRY(epx__check_memory(buffer, call, "x", d->x, 16, d->tokens > 0));
@@ -248,9 +290,9 @@ epx_status_t epx_ll_plan(epx_ll_plan_t *plan)
     uint32_t slots = plan->slots ? plan->slots : 2;
     EPX__TRY(epx__ll_layout_make(plan->ranks, plan->tokens_max, plan->hidden, plan->topk, slots, 0, &l));
     plan->slots = slots;
-    plan->words_bytes = l.ids_offset - l.words_offset;
-    plan->ids_bytes = l.rows_offset - l.ids_offset;
-    plan->dispatch_bytes = l.back_offset - l.rows_offset;
+    plan->words_bytes = l.sources_offset - l.words_offset;
+    plan->ids_bytes = (uint64_t)slots * plan->ranks * l.block_bytes;
+    plan->dispatch_bytes = l.back_offset - l.sources_offset - plan->ids_bytes;
     plan->combine_bytes = l.row_flags_offset - l.back_offset;
     plan->words_bytes += l.total_bytes - l.row_flags_offset;
     plan->window_bytes = l.total_bytes;

@@ -77,6 +77,9 @@ epx_status_t epx__buffer_usable(epx_buffer_t *buffer, const char *call);
 /* Pass on the status of a call of the exchange: a failure of the buffer has then been told. */
 epx_status_t epx__buffer_told(epx_buffer_t *buffer, epx_status_t status);
 
+/* Low latency (ll.c): refuses, with what would fit, a shape that this host has no memory for. */
+epx_status_t epx__ll_check_memory(const epx_buffer_t *buffer);
+
 /* Leases (lease.c). */
 epx_status_t epx__lease_give(epx_buffer_t *buffer, epx_lease_t lease, epx_stream_t stream);
 epx_status_t epx__lease_take(epx_buffer_t *buffer, size_t bytes, epx_stream_t stream, epx_lease_t *lease,

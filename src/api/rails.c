@@ -11,6 +11,8 @@
 #include "base/fail.h"
 #include "device/cpu/wait.h"
 
+#define RAIL_PROXIES 1u
+
 typedef struct own {
     epx_buffer_t *buffer;
     epx__export_t *exports; /* [ranks] */
@@ -105,6 +107,9 @@ static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     EPX__TRY(epx__window_create(own->host, group->fdserver, rails->layout.total, &rails->window,
                                 &own->exports[group->rank]));
     own->window_open = true;
+    if (on_gpu(group)) /* as epx_channels_tickets counts them */
+        return group->device->ops->words_alloc(group->device, RAIL_PROXIES + (size_t)group->ranks * EPX__RAIL_CHANNELS,
+                                               &own->tickets);
     return EPX_OK;
 }
 
@@ -132,46 +137,47 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     return EPX_OK;
 }
 
+epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__channels_config *config,
+                                         struct epx_channels **channels)
+{
+    epx_group_t *group = buffer->group;
+    epx__gathering_t gathering = {.group = group};
+    uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
+    config->rank = group->rank;
+    config->ranks = group->ranks;
+    config->net = group->net;
+    config->address = address_of(group);
+    config->nic = epx__env_text(EPX__ENV_NIC);
+    config->timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms;
+    config->allgather = epx__group_gather;
+    config->allgather_context = &gathering;
+    config->changed = on_gpu(group) ? NULL : on_change; /* kernels poll */
+    config->changed_context = buffer;
+    epx_status_t status = epx__channels_create(config, channels);
+    epx__group_gather_no_more(&gathering, status);
+    return status;
+}
+
 static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
     epx_group_t *group = buffer->group;
+    const epx__topology_t *topology = &group->topology;
     /* By number: EPX__RAILS_MEMORY_RAILS, EPX__RAILS_MEMORY_WINDOW. */
     epx_channel_memory_t memories[] = {{rails->window.base, rails->layout.total, 0},
                                        {buffer->x.window.base, buffer->x.layout.total_bytes, 0}};
-    epx__gathering_t gathering = {.group = group};
-    for (int d = 0; d < group->topology.domains; d++)
-        own->wanted[epx__topology_rank(&group->topology, d, rails->index)] = d != rails->domain;
-    uint64_t timeout_ms = buffer->x.config.timeout_ms; /* of halves; making the channels may take the group's */
-    const uint32_t proxies = 1;
     bool gpu = on_gpu(group);
+    for (int d = 0; d < topology->domains; d++)
+        own->wanted[epx__topology_rank(topology, d, rails->index)] = d != rails->domain;
     epx__channels_config_t config = {
-        .rank = group->rank,
-        .ranks = group->ranks,
         .wanted = own->wanted,
-        .net = group->net,
-        .address = address_of(group),
-        .nic = epx__env_text(EPX__ENV_NIC),
         .channels = EPX__RAIL_CHANNELS,
-        .proxies = proxies,
+        .proxies = RAIL_PROXIES,
         .memories = memories,
         .memory_count = gpu ? 1 : 2, /* GPU memory is not for the network: its rows pass through the rails window */
         .any_sources = !gpu,
         .device_producers = gpu,
-        .timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms,
-        .allgather = epx__group_gather,
-        .allgather_context = &gathering,
-        .changed = gpu ? NULL : on_change, /* kernels poll */
-        .changed_context = buffer,
-    };
-    epx_status_t status = EPX_OK;
-    if (gpu) /* as epx_channels_tickets counts them */
-        status = group->device->ops->words_alloc(group->device, proxies + (size_t)group->ranks * EPX__RAIL_CHANNELS,
-                                                 &own->tickets);
-    config.tickets = own->tickets;
-    if (status == EPX_OK)
-        status = epx__channels_create(&config, &rails->channels);
-    epx__group_gather_no_more(&gathering, status);
-    EPX__TRY(status);
+        .tickets = own->tickets};
+    EPX__TRY(epx__buffer_channels_create(buffer, &config, &rails->channels));
     EPX__TRY(group->device->ops->host_pin(group->device, rails->channels->block, rails->channels->layout.total));
     own->block_pinned = true;
     return EPX_OK;
@@ -215,6 +221,13 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
      * threads push, only they may push: the exchange tries their channels itself when it is made. */
     status = on_gpu(group) ? EPX_OK : epx_channels_barrier(rails->channels);
     return epx__group_agree(group, status, "trying the rails");
+}
+
+void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank)
+{
+    epx__rails_t *rails = buffer->x.net;
+    if (rails)
+        epx__channels_lost(rails->channels, rank);
 }
 
 void epx__buffer_rails_close(epx_buffer_t *buffer)

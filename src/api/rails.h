@@ -8,6 +8,17 @@
 epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked);
 /* Buffer: window, imports, channels; fills x.net. Collective. */
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer);
-void epx__buffer_rails_close(epx_buffer_t *buffer); /* local, bounded */
+void epx__buffer_rails_close(epx_buffer_t *buffer);          /* local, bounded */
+void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank); /* from any thread: that rank is dead */
+/* Port channels of a buffer, with what all of them are made with; `config` has peers, memories and sizes. Collective.
+ */
+struct epx__channels_config;
+struct epx_channels;
+epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__channels_config *config,
+                                         struct epx_channels **channels);
+
+/* The part of low latency that crosses domains (ll_net.c); fills x.ll_net, NULL when there is none. Collective. */
+epx_status_t epx__buffer_ll_net_open(epx_buffer_t *buffer);
+void epx__buffer_ll_net_close(epx_buffer_t *buffer); /* local, bounded */
 
 #endif

@@ -457,11 +457,106 @@ bool xl_combine_recv(xl_call_t *c)
     return good;
 }
 
+/* ---- the wire ---- */
+
+static bool far_from_me(const xl_call_t *c, int rank)
+{
+    const epx__topology_t *topology = &c->world->self->topology;
+    return topology->domain_of[rank] != topology->domain_of[c->world->self->rank];
+}
+
+static int64_t id_at(const xl_call_t *c, int source, uint32_t i)
+{
+    int64_t id = epx__topk_id(c->all[source].topk_idx, c->shape.bits, i);
+    return id >= 0 && id < (int64_t)c->shape.map.experts ? id : -1;
+}
+
+/* Of the source's tokens at that rank: how many, and how many choices. */
+static void count_at(const xl_call_t *c, int source, int rank, uint64_t *tokens, uint64_t *choices)
+{
+    uint32_t topk = c->shape.topk;
+    *tokens = *choices = 0;
+    for (uint32_t t = 0; t < c->all[source].tokens; t++) {
+        uint64_t here = 0;
+        for (uint32_t k = 0; k < topk; k++) {
+            int64_t id = id_at(c, source, t * topk + k);
+            here += id >= 0 && epx__expert_rank(&c->shape.map, id) == rank;
+        }
+        *tokens += here > 0;
+        *choices += here;
+    }
+}
+
+static uint64_t round16(uint64_t bytes)
+{
+    return (bytes + 15) / 16 * 16;
+}
+
+void xl_count_wire(const xl_call_t *c, bool combined)
+{
+    enum { HEADER = 64, WORD = 32 };
+    const epx__ref_ll_shape_t *s = &c->shape;
+    xl_world_t *w = c->world;
+    int me = w->self->rank;
+    uint64_t row = s->format == EPX_LL_FP8 ? s->hidden + s->hidden / 128 * 4 : s->hidden * 2u;
+    uint64_t ids = (uint64_t)c->all[me].tokens * s->topk * (c->weights ? 8 : 4), tokens, choices;
+    for (int r = 0; r < s->ranks; r++) {
+        if (!far_from_me(c, r))
+            continue;
+        count_at(c, me, r, &tokens, &choices);
+        if (!w->masked[r])
+            w->wire += round16(HEADER + ids) + tokens * round16(row) + WORD; /* record, dispatched */
+        w->wire += WORD;                                                     /* taken */
+        if (!combined)
+            continue;
+        count_at(c, r, me, &tokens, &choices);
+        bool by_rank = s->pre_reduced || s->order == EPX_LL_RANK_MAJOR;
+        w->wire += (by_rank ? tokens : choices) * s->hidden * 2u + WORD; /* outputs, combined or left_out */
+    }
+}
+
+bool xl_check_wire(xl_world_t *w, uint32_t op)
+{
+    epx_traffic_t traffic = {.size = sizeof traffic};
+    bool loose = w->loose_from && op + 1 >= w->loose_from;
+    bool good = XT_OK(w->self, epx_buffer_get_traffic(w->buffer, &traffic)) &&
+                (loose ? traffic.net_bytes <= w->wire : traffic.net_bytes == w->wire);
+    XT_CHECK(w->self, good, "up to op %u: %llu bytes went to the network, not %llu", op,
+             (unsigned long long)traffic.net_bytes, (unsigned long long)w->wire);
+    return good;
+}
+
+/* ---- whole calls ---- */
+
 bool xl_run(xl_world_t *w, uint32_t op)
 {
     xl_call_t c;
     xl_make(&c, w, op);
     bool good = xl_dispatch_send(&c) && xl_dispatch_recv(&c) && xl_combine_send(&c) && xl_combine_recv(&c);
+    xl_count_wire(&c, true);
     xl_fini(&c);
-    return good;
+    return good && xl_check_wire(w, op);
+}
+
+bool xl_run_pair(xl_world_t *w, uint32_t op)
+{
+    xl_call_t a, b;
+    xl_make(&a, w, op);
+    xl_make(&b, w, op + 1);
+    uint64_t h = xt_mix(w->seed, op, 11, 1);
+    a.whole = false;
+    b.whole = false;
+    xl_call_t *first = h & 1 ? &b : &a, *second = h & 1 ? &a : &b;
+    bool good = xl_dispatch_send(&a) && xl_dispatch_send(&b) && xl_dispatch_recv(first);
+    good = good && (h & 2 ? xl_dispatch_recv(second) && xl_combine_send(first)
+                          : xl_combine_send(first) && xl_dispatch_recv(second));
+    if (h & 4)
+        good = good && xl_combine_send(second) && xl_combine_recv(second) && xl_combine_recv(first);
+    else
+        good = good && xl_combine_recv(first) && xl_combine_send(second) && xl_combine_recv(second);
+    xl_count_wire(&a, true);
+    xl_count_wire(&b, true);
+    xl_fini(&a);
+    xl_fini(&b);
+    return good && xl_check_wire(w, op);
 }

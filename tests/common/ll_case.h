@@ -21,6 +21,8 @@ typedef struct xl_world {
     epx__experts_t map;
     uint8_t masked[XT_RANKS_MAX]; /* at all ranks alike, but for the masked ones, which are not there */
     bool zero_copy;
+    uint64_t wire;       /* bytes that this rank must have given to the network by now (docs/PROTOCOL-LL.md) */
+    uint32_t loose_from; /* from that op on it may be less: others may have left, and nothing is put to them; 0 never */
 } xl_world_t;
 
 /* What a call is like. */
@@ -53,8 +55,13 @@ bool xl_combine_recv(xl_call_t *c); /* and compare */
 /* Other ids and values for the same call: what a replayed graph finds. */
 void xl_remake(xl_call_t *c, uint32_t variant);
 void xl_fini(xl_call_t *c);
-/* All of one call. */
+/* All of one call, and the bytes on the wire. */
 bool xl_run(xl_world_t *w, uint32_t op);
+/* Two calls in flight, op and op + 1: halves in an order that is the same on all ranks and keeps each call's own. */
+bool xl_run_pair(xl_world_t *w, uint32_t op);
+/* The bytes of a call that is over, `combined` or released; and are those of all calls what the traffic says? */
+void xl_count_wire(const xl_call_t *c, bool combined);
+bool xl_check_wire(xl_world_t *w, uint32_t op);
 /* The parts of recv and combine without comparing, for graphs: enqueue only. */
 epx_ll_dispatch_t xl_dispatch_of(const xl_call_t *c);
 epx_ll_combine_t xl_combine_of(const xl_call_t *c);

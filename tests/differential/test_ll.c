@@ -43,28 +43,6 @@ typedef struct context {
     uint32_t percent;
 } context_t;
 
-/* Two calls in flight: halves in every order that keeps each call's own. */
-static bool run_pair(xl_world_t *w, uint32_t op)
-{
-    xl_call_t a, b;
-    xl_make(&a, w, op);
-    xl_make(&b, w, op + 1);
-    uint64_t h = xt_mix(w->seed, op, 11, 1);
-    a.whole = false;
-    b.whole = false;
-    xl_call_t *first = h & 1 ? &b : &a, *second = h & 1 ? &a : &b;
-    bool good = xl_dispatch_send(&a) && xl_dispatch_send(&b) && xl_dispatch_recv(first);
-    good = good && (h & 2 ? xl_dispatch_recv(second) && xl_combine_send(first)
-                          : xl_combine_send(first) && xl_dispatch_recv(second));
-    if (h & 4)
-        good = good && xl_combine_send(second) && xl_combine_recv(second) && xl_combine_recv(first);
-    else
-        good = good && xl_combine_recv(first) && xl_combine_send(second) && xl_combine_recv(second);
-    xl_fini(&a);
-    xl_fini(&b);
-    return good;
-}
-
 static void body(xt_rank_t *self)
 {
     const context_t *x = self->context;
@@ -93,7 +71,7 @@ static void body(xt_rank_t *self)
     uint32_t calls = (p->calls * x->percent + 99) / 100;
     for (uint32_t op = 0; good && there && op < calls; op += 2) {
         xl_world_t *at = &w[op / 2 % (uint32_t)p->buffers];
-        good = p->pairs && xt_mix(p->seed, op, 12, 1) % 3 ? run_pair(at, op) : xl_run(at, op) && xl_run(at, op + 1);
+        good = p->pairs && xt_mix(p->seed, op, 12, 1) % 3 ? xl_run_pair(at, op) : xl_run(at, op) && xl_run(at, op + 1);
         XT_CHECK(self, good, "call %u", op);
     }
     for (int i = 0; good && i < p->buffers; i++)
@@ -116,7 +94,7 @@ int main(int argc, char **argv)
         xt_run_t r = {.name = x.plan.name, .ranks = x.plan.ranks, .threads = 1, .body = body, .context = &x};
         r.seed = x.plan.seed;
         r.processes = x.plan.processes && !getenv("EPX_TEST_THREADS");
-        r.ranks_per_domain = x.plan.ranks; /* between domains there is no low latency yet */
+        r.ranks_per_domain = x.plan.ranks; /* one domain; several: test_ll_net.c */
         xt_run(&r);
     }
     return xt_done();

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "algo/rails.h"
+#include "api/names.h"
 #include "api/objects.h"
 #include "base/clock.h"
 #include "base/fail.h"
@@ -22,10 +23,20 @@
 enum { TOKENS = 4096, ROW = 16384 };
 #define BYTES ((size_t)TOKENS * ROW)
 
-static void *stop_soon(void *argument)
+static const epx__rails_t *rails_of(xt_rank_t *self, epx_buffer_t *buffer)
 {
-    (void)argument;
-    epx__sleep_ns(8000000);
+    XT_OK(self, epx__buffer_find(&buffer, "test_lent"));
+    return buffer->x.net;
+}
+
+/* As soon as the first of the chunks has come. */
+static void *stop_in_the_middle(void *argument)
+{
+    const epx__rails_t *rails = argument;
+    const uint64_t *chunks = epx__rails_channel(rails, 0, EPX__RAIL_DATA)->signals;
+    epx__deadline_t deadline = epx__deadline_ms(20000);
+    while (epx_ld_acquire_sys_u64(chunks) == 0 && !epx__deadline_passed(&deadline))
+        epx__sleep_ns(50000);
     raise(SIGSTOP);
     return NULL;
 }
@@ -33,7 +44,7 @@ static void *stop_soon(void *argument)
 static void failed(xt_rank_t *self, epx_buffer_t *buffer, epx_status_t status, void *x)
 {
     XT_CHECK(self, status == EPX_E_TIMEOUT, "rank 1 is stopped: %s: %s", epx_status_name(status), epx_error_detail());
-    const epx__rails_t *rails = buffer->x.net;
+    const epx__rails_t *rails = rails_of(self, buffer);
     munmap(x, BYTES);
     XT_CHECK(self, rails->channels->proxy[0].halted && !rails->channels->proxy[0].net,
              "the endpoint is open still, and may read what the caller has freed");
@@ -41,7 +52,6 @@ static void failed(xt_rank_t *self, epx_buffer_t *buffer, epx_status_t status, v
     epx_buffer_destroy(buffer);
     uint64_t took_ms = (epx__now_ns() - begun) / 1000000;
     XT_CHECK(self, took_ms < 2000, "destroying took %llu ms", (unsigned long long)took_ms);
-    kill((pid_t)atomic_load(&self->world->note[1]), SIGKILL);
 }
 
 static void body(xt_rank_t *self)
@@ -53,7 +63,7 @@ static void body(xt_rank_t *self)
                                   .tokens_max = TOKENS,
                                   .topk_max = 1,
                                   .experts_max = 2,
-                                  .timeout_ms = 500};
+                                  .timeout_ms = 20000};
     static int64_t ids[TOKENS];
     void *x = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     pthread_t thread;
@@ -64,19 +74,22 @@ static void body(xt_rank_t *self)
                         .tokens = self->rank == 0 ? TOKENS : 0,
                         .topk_idx = ids,
                         .topk = 1,
-                        .experts = 2};
+                        .experts = 2,
+                        .timeout_ms = 2000};
     epx_received_t got = {.size = sizeof got};
     atomic_store(&self->world->note[self->rank], getpid());
     if (!XT_OK(self, epx_buffer_create(self->group, &config, &buffer)) ||
         !XT_OK(self, epx_dispatch_begin(buffer, &d, NULL, &handle)))
         return;
     if (self->rank == 1)
-        pthread_create(&thread, NULL, stop_soon, NULL);
+        pthread_create(&thread, NULL, stop_in_the_middle, (void *)rails_of(self, buffer));
     epx_status_t status = epx_dispatch_end(handle, NULL, NULL, &got);
-    if (self->rank == 0)
+    if (self->rank == 0) {
         failed(self, buffer, status, x);
-    else
+        kill((pid_t)atomic_load(&self->world->note[1]), SIGKILL);
+    } else {
         pthread_join(thread, NULL); /* stopped there, if the rows came that fast */
+    }
 }
 
 int main(void)

@@ -43,8 +43,8 @@ static void body(xt_rank_t *self)
     c.topk_max = 2;
     c.experts_max = 64;
     c.handles_max = 1;
-    c.ll_tokens_max = self->topology.domains > 1 ? 0 : TOKENS;
-    c.ll_hidden_max = c.ll_tokens_max ? HIDDEN : 0;
+    c.ll_tokens_max = TOKENS;
+    c.ll_hidden_max = HIDDEN;
     epx_buffer_t *buffer;
     if (!XT_OK(self, epx_buffer_create(self->group, &c, &buffer)))
         return;

@@ -20,8 +20,11 @@ static void test_rule(void)
     static const epx__nic_t lone[] = {{"lo", "127.0.0.1/32", -1, 1}};
     static const epx__nic_t usual[] = {
         {"docker0", "172.17.0.0/16", -1, 1}, {"eth0", "192.0.2.0/24", 0, 0}, {"lo", "127.0.0.1/32", -1, 1}};
-    static const epx__nic_t eight[] = {{"mlx5_0", "IB", 0, 0}, {"mlx5_1", "IB", 0, 0}, {"mlx5_2", "IB", 1, 0},
-                                       {"mlx5_3", "IB", 1, 0}, {"mlx5_4", "OTHER", 1, 0}};
+    static const epx__nic_t eight[] = {{"mlx5_0", "IB", 0, 0},
+                                       {"mlx5_1", "IB", 0, 0},
+                                       {"mlx5_2", "IB", 1, 0},
+                                       {"mlx5_3", "IB", 1, 0},
+                                       {"mlx5_4", "OTHER", 1, 0}};
     CHECK(take(lone, 1, 0, 3) == 0, "nothing else is there");
     for (uint32_t turn = 0; turn < 4; turn++) {
         CHECK(take(usual, 3, 0, turn) == 1, "the one that is real, turn %u", turn);

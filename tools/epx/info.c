@@ -83,8 +83,18 @@ static void show_environment(void)
     }
 }
 
+/* Bytes for what is on its way to the ranks of other domains: a block of ids and the rows of each, or all choices of
+ * one token when that is more. */
+static uint64_t out_bytes(const epx_ll_plan_t *plan, uint32_t domains)
+{
+    uint64_t pieces = (uint64_t)plan->slots * (plan->ranks - plan->ranks / domains);
+    uint64_t row = ((uint64_t)plan->hidden * 2 + 255) / 256 * 256, ids = plan->ids_bytes / plan->slots / plan->ranks;
+    uint64_t rows = plan->tokens_max * row + ids;
+    return pieces * (rows > plan->topk * row ? rows : plan->topk * row);
+}
+
 /* Bytes that low latency of that shape takes on each rank, by part. */
-static int show_plan(epx_ll_plan_t *plan)
+static int show_plan(epx_ll_plan_t *plan, uint32_t domains)
 {
     plan->size = sizeof *plan;
     if (epx_ll_plan(plan)) {
@@ -100,6 +110,7 @@ static int show_plan(epx_ll_plan_t *plan)
                  {"ids", plan->ids_bytes, "ids and weights of every rank's tokens"},
                  {"words", plan->words_bytes, "arrival and credit"},
                  {"window", plan->window_bytes, "together"},
+                 {"out", out_bytes(plan, domains), "ordinary memory, on its way to other domains (--domains)"},
                  {"zero copy", plan->zero_copy_bytes, "ordinary memory, only with ll_zero_copy"}};
     printf("low latency on each of %u ranks: %u tokens a rank, hidden %u, top-%u of %u, %u slots\n", plan->ranks,
            plan->tokens_max, plan->hidden, plan->topk, plan->experts, plan->slots);
@@ -141,7 +152,7 @@ int command_info(int argc, char **argv)
         plan.topk = (uint32_t)topk;
         plan.experts = (uint32_t)experts;
         plan.slots = (uint32_t)slots;
-        return show_plan(&plan);
+        return show_plan(&plan, domains ? (uint32_t)domains : 1);
     }
     show_machine();
     show_backends();

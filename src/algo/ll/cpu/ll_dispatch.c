@@ -2,8 +2,9 @@
  * Low-latency dispatch on the CPU.
  *
  * send: to each rank whose slot is free for me (`taken` has reached number - slots): the ids of all my tokens, then
- * each wanted token's row at the row place of its own index, then `dispatched` = number. recv: when `dispatched` of
- * every rank shows the number, positions follow from the ids alone; rows are spread, `taken` posted.
+ * each wanted token's row at the row place of its own index, then `dispatched` = number. To a far rank: the same as one
+ * record, ids and then the rows that it wants without gaps, put as soon as there is room in the channel. recv: when
+ * `dispatched` of every rank shows the number, positions follow from the ids alone; rows are spread, `taken` posted.
  */
 #include <inttypes.h>
 #include <string.h>
@@ -35,6 +36,12 @@ static size_t wire_bytes(const epx_ll_dispatch_t *d)
     return d->format == EPX_LL_FP8 ? d->hidden + d->hidden / 128 * 4 : (size_t)d->hidden * 2;
 }
 
+/* From row to row of a record: the next is 16-byte aligned. */
+static size_t record_stride(const epx_ll_dispatch_t *d)
+{
+    return (wire_bytes(d) + 15) / 16 * 16;
+}
+
 /* ---- send ---- */
 
 typedef struct send_job {
@@ -42,12 +49,30 @@ typedef struct send_job {
     uint64_t slot;
 } send_job_t;
 
+static bool has_credit(const epx__ll_cpu_t *ll, int rank, uint64_t number)
+{
+    return EPX__MUTATE(ll_no_credit) ||
+           epx__ll_load(&epx__ll_from(ll, number, rank)->taken) + ll->layout.slots >= number;
+}
+
+/* The most that one record of this call can take. */
+static size_t record_bytes(const epx_ll_dispatch_t *d)
+{
+    return epx__ll_record_rows(d->tokens, d->topk, d->topk_weights != NULL) + d->tokens * record_stride(d);
+}
+
 static bool slot_free(epx__ll_cpu_t *ll, int rank, void *context)
 {
     const send_job_t *job = context;
-    if (EPX__MUTATE(ll_no_credit))
-        return true;
-    return epx__ll_load(&epx__ll_from(ll, job->call->number, rank)->taken) + ll->layout.slots >= job->call->number;
+    const epx_ll_dispatch_t *d = &job->call->dispatch;
+    return has_credit(ll, rank, job->call->number) &&
+           (!epx__ll_is_far(ll, rank) || epx__ll_net_ready(ll, rank, job->call->number, record_bytes(d)));
+}
+
+static const char *slot_or_room(epx__ll_cpu_t *ll, int rank, void *context)
+{
+    const send_job_t *job = context;
+    return has_credit(ll, rank, job->call->number) ? "room in the channel to it" : "its slot to be free";
 }
 
 static int32_t valid_id(const epx__ll_call_t *call, size_t index)
@@ -66,17 +91,45 @@ static bool wants(const epx__ll_call_t *call, uint32_t token, int rank)
     return false;
 }
 
-static void write_block(epx__ll_cpu_t *ll, const send_job_t *job, uint8_t *window)
+/* Where each rank's outputs for my tokens will begin in `back`: the ranks one after the other. */
+static void place_outputs(const epx__ll_call_t *call, epx__ll_first_t *first, uint32_t ranks)
+{
+    const epx_ll_dispatch_t *d = &call->dispatch;
+    int32_t to[EPX_TOPK_MAX];
+    uint32_t bad = 0;
+    memset(first, 0, ranks * sizeof *first);
+    for (uint32_t t = 0; t < d->tokens; t++) {
+        int count = epx__token_ranks(&call->map, d->topk_idx, d->topk_idx_bits, t, d->topk, to, &bad);
+        for (int i = 0; i < count; i++)
+            first[to[i]].by_rank++;
+        for (uint32_t k = 0; k < d->topk; k++) {
+            int32_t id = valid_id(call, (size_t)t * d->topk + k);
+            if (id >= 0)
+                first[epx__expert_rank(&call->map, id)].each++;
+        }
+    }
+    epx__ll_first_t at = {0, 0};
+    for (uint32_t r = 0; r < ranks; r++) {
+        epx__ll_first_t rows = first[r];
+        first[r] = at;
+        at.each += rows.each;
+        at.by_rank += rows.by_rank;
+    }
+}
+
+static void write_block(epx__ll_cpu_t *ll, const send_job_t *job, uint8_t *at, int rank)
 {
     const epx_ll_dispatch_t *d = &job->call->dispatch;
-    uint8_t *at = window + epx__ll_block_at(&ll->layout, job->slot, (uint32_t)ll->exchange->rank);
+    const epx__ll_first_t *first = &epx__ll_kept_of(ll, job->call)->first[rank];
     epx__ll_block_t *block = (epx__ll_block_t *)(void *)at;
     size_t count = (size_t)d->tokens * d->topk;
     int32_t *ids = (int32_t *)(void *)(block + 1);
     *block = (epx__ll_block_t){.number = job->call->number,
                                .shape = epx__ll_shape(job->call),
                                .tokens = d->tokens,
-                               .weights = d->topk_weights != NULL};
+                               .weights = d->topk_weights != NULL,
+                               .back_each = first->each,
+                               .back_by_rank = first->by_rank};
     for (size_t i = 0; i < count; i++)
         ids[i] = valid_id(job->call, i);
     if (d->topk_weights && count)
@@ -93,42 +146,74 @@ static const void *row_to_send(epx__ll_cpu_t *ll, const epx_ll_dispatch_t *d, ui
     return ll->row;
 }
 
-static epx_status_t send_to(epx__ll_cpu_t *ll, int rank, void *context)
+static epx_status_t send_near(epx__ll_cpu_t *ll, int rank, const send_job_t *job)
 {
-    send_job_t *job = context;
     const epx_ll_dispatch_t *d = &job->call->dispatch;
     epx__exchange_t *exchange = ll->exchange;
     uint8_t *window = exchange->peer[rank];
+    uint32_t me = (uint32_t)exchange->rank;
     uint64_t rows = 0;
     if (EPX__MUTATE(ll_flag_first))
-        epx__ll_post(ll, rank, &epx__ll_to(ll, job->call->number, rank)->dispatched, job->call->number);
-    write_block(ll, job, window);
+        epx__ll_tell(ll, rank, job->call->number, EPX__LL_DISPATCHED);
+    write_block(ll, job, window + epx__ll_block_at(&ll->layout, job->slot, me), rank);
     for (uint32_t t = 0; t < d->tokens; t++) {
         if (!wants(job->call, t, rank))
             continue;
-        memcpy(window + epx__ll_row_at(&ll->layout, job->slot, (uint32_t)exchange->rank, t), row_to_send(ll, d, t),
-               wire_bytes(d));
+        memcpy(window + epx__ll_row_at(&ll->layout, job->slot, me, t), row_to_send(ll, d, t), wire_bytes(d));
         rows++;
     }
     *(rank == exchange->rank ? &exchange->traffic.local_bytes : &exchange->traffic.domain_bytes) +=
         rows * wire_bytes(d);
-    epx__ll_kept_of(ll, job->call)->asked[rank] = 1;
-    epx__ll_post(ll, rank, &epx__ll_to(ll, job->call->number, rank)->dispatched, job->call->number);
     return EPX_OK;
 }
 
-/* A rank given up in the slot's last call may still write there, until it says that it is done with it, or is dead. */
+static epx_status_t send_far(epx__ll_cpu_t *ll, int rank, const send_job_t *job)
+{
+    const epx_ll_dispatch_t *d = &job->call->dispatch;
+    uint8_t *record = epx__ll_net_out(ll, rank, job->call->number);
+    size_t bytes = epx__ll_record_rows(d->tokens, d->topk, d->topk_weights != NULL);
+    if (EPX__MUTATE(ll_net_word_first))
+        epx__ll_tell(ll, rank, job->call->number, EPX__LL_DISPATCHED);
+    write_block(ll, job, record, rank);
+    for (uint32_t t = 0; t < d->tokens; t++) {
+        if (!wants(job->call, t, rank))
+            continue;
+        memcpy(record + bytes, row_to_send(ll, d, t), wire_bytes(d));
+        bytes += record_stride(d);
+    }
+    size_t to = epx__ll_block_at(&ll->layout, job->slot, (uint32_t)ll->exchange->rank);
+    return epx__ll_net_put(ll, rank, job->call->number, to, bytes);
+}
+
+static epx_status_t send_to(epx__ll_cpu_t *ll, int rank, void *context)
+{
+    const send_job_t *job = context;
+    EPX__TRY((epx__ll_is_far(ll, rank) ? send_far : send_near)(ll, rank, job));
+    epx__ll_kept_of(ll, job->call)->asked[rank] = 1;
+    epx__ll_tell(ll, rank, job->call->number, EPX__LL_DISPATCHED);
+    return EPX_OK;
+}
+
+/* A rank given up in the slot's last call may still write there, until it says that it is done with it, or is dead; and
+ * a little longer when its bytes come over the network. */
 static epx_status_t slot_settled(epx__ll_cpu_t *ll, const epx__ll_kept_t *kept, uint64_t slot)
 {
     bool came;
-    for (int r = 0; r < ll->exchange->topology->ranks; r++)
-        if (kept->owing[r] && !epx__ll_ended(ll, r, kept->last, &came) &&
-            !epx__bootstrap_dead(ll->exchange->bootstrap, r))
+    for (int r = 0; r < ll->exchange->topology->ranks; r++) {
+        if (!kept->owing[r] || epx__ll_ended(ll, r, kept->last, &came))
+            continue;
+        if (!epx__bootstrap_dead(ll->exchange->bootstrap, r))
             return epx__fail(EPX_E_BUSY,
                              "ll_dispatch_send: slot %" PRIu64
                              " may still be written by rank %d, which was given up in call %" PRIu64
                              " but is alive; end its process, or make the buffer with more ll_slots",
                              slot, r, kept->last);
+        uint64_t rest_ns = epx__ll_is_far(ll, r) ? epx__ll_net_rest_ns(ll, r) : 0;
+        while (rest_ns && !epx__alarm_is_up(ll->exchange)) {
+            epx__sleep_ns(rest_ns < 1000000 ? rest_ns : 1000000);
+            rest_ns = epx__ll_net_rest_ns(ll, r);
+        }
+    }
     return EPX_OK;
 }
 
@@ -140,12 +225,14 @@ epx_status_t epx__ll_cpu_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t
     size_t ranks = (size_t)exchange->topology->ranks;
     uint32_t bad = 0;
     EPX__TRY(slot_settled(ll, kept, call->number % ll->layout.slots));
+    epx__ll_net_retry(ll);
     memset(kept->asked, 0, ranks);
     memset(kept->owing, 0, ranks);
     kept->last = call->number;
     for (size_t i = 0; i < (size_t)call->dispatch.tokens * call->dispatch.topk; i++)
         bad += valid_id(call, i) < 0 && epx__topk_id(call->dispatch.topk_idx, call->dispatch.topk_idx_bits, i) != -1;
     atomic_fetch_add(&exchange->fault.bad_ids, bad);
+    place_outputs(call, kept->first, ll->layout.ranks);
     send_job_t job = {call, call->number % ll->layout.slots};
     epx__ll_wait_t wait = {.operation = "ll_dispatch_send",
                            .stage = "its slot to be free",
@@ -153,9 +240,11 @@ epx_status_t epx__ll_cpu_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t
                            .timeout_ms = call->dispatch.timeout_ms,
                            .ready = slot_free,
                            .serve = send_to,
+                           .stage_of = slot_or_room,
                            .context = &job};
     memcpy(ll->done, ll->masked, ranks);
-    return epx__ll_serve_all(ll, &wait);
+    EPX__TRY(epx__ll_serve_all(ll, &wait));
+    return epx__ll_net_settle(ll, &wait);
 }
 
 /* ---- recv ---- */
@@ -184,6 +273,7 @@ static epx_status_t read_block(epx__ll_cpu_t *ll, int rank, void *context)
     const int32_t *ids = (const int32_t *)(const void *)(block + 1);
     kept->tokens[rank] = block->tokens;
     kept->heard[rank] = 1;
+    kept->back[rank] = (epx__ll_first_t){block->back_each, block->back_by_rank};
     memcpy(kept->ids + to, ids, count * sizeof(int32_t));
     if (block->weights)
         memcpy(kept->weights + to, ids + count, count * sizeof(float));
@@ -225,11 +315,23 @@ static void put_scales(const spread_job_t *job, const uint8_t *wire, size_t part
     }
 }
 
+/* The row of a token as it came: at the place of its index, or among those of its source's record. */
+static const uint8_t *row_that_came(const spread_job_t *job, const epx__ll_visit_t *v)
+{
+    const epx__ll_layout_t *layout = &job->ll->layout;
+    const epx_ll_dispatch_t *d = &job->call->dispatch;
+    const uint8_t *window = job->ll->exchange->window.base;
+    if (!epx__ll_is_far(job->ll, (int)v->source))
+        return window + epx__ll_row_at(layout, job->slot, v->source, v->token);
+    uint32_t tokens = epx__ll_kept_of(job->ll, job->call)->tokens[v->source];
+    return window + epx__ll_block_at(layout, job->slot, v->source) +
+           epx__ll_record_rows(tokens, d->topk, d->topk_weights != NULL) + v->index * record_stride(d);
+}
+
 static void put_row(const spread_job_t *job, const epx__ll_visit_t *v, size_t part, size_t row)
 {
     const epx_ll_dispatch_t *d = &job->call->dispatch;
-    const uint8_t *wire = (const uint8_t *)job->ll->exchange->window.base +
-                          epx__ll_row_at(&job->ll->layout, job->slot, v->source, v->token);
+    const uint8_t *wire = row_that_came(job, v);
     size_t bytes = d->format == EPX_LL_FP8 ? d->hidden : (size_t)d->hidden * 2;
     memcpy((uint8_t *)d->recv_x + (part * job->places + row) * bytes, wire, bytes);
     if (d->format == EPX_LL_FP8)
@@ -317,7 +419,7 @@ static void spread(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
 static void tell_taken(epx__ll_cpu_t *ll, const epx__ll_call_t *call)
 {
     for (int r = 0; r < ll->exchange->topology->ranks; r++)
-        epx__ll_post(ll, r, &epx__ll_to(ll, call->number, r)->taken, call->number);
+        epx__ll_tell(ll, r, call->number, EPX__LL_TAKEN);
 }
 
 epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
@@ -338,6 +440,7 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
                            .give_up = owes,
                            .context = call};
     memcpy(ll->done, ll->masked, ranks);
+    epx__ll_net_retry(ll);
     EPX__TRY(epx__ll_serve_all(ll, &wait));
     if (EPX__MUTATE(ll_taken_first)) {
         tell_taken(ll, call);
@@ -345,5 +448,5 @@ epx_status_t epx__ll_cpu_dispatch_recv(epx__exchange_t *exchange, epx__ll_call_t
     }
     spread(ll, call);
     tell_taken(ll, call);
-    return EPX_OK;
+    return epx__ll_net_settle(ll, &wait);
 }

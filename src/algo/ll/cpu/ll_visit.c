@@ -28,18 +28,40 @@ static bool look_at(const epx__ll_call_t *call, int rank, epx__ll_visit_t *visit
     return true;
 }
 
+uint32_t epx__ll_each_of(epx__ll_cpu_t *ll, const epx__ll_call_t *call, uint32_t source, uint32_t token,
+                         bool (*visit)(void *context, const epx__ll_visit_t *visit), void *context)
+{
+    const epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
+    size_t topk = call->dispatch.topk, first = (size_t)source * ll->layout.tokens_max * ll->layout.topk_max;
+    epx__ll_visit_t v = {.source = source};
+    for (v.token = token; v.token < kept->tokens[source]; v.token++) {
+        v.ids = kept->ids + first + v.token * topk;
+        v.weights = call->dispatch.topk_weights ? kept->weights + first + v.token * topk : NULL;
+        if (!look_at(call, ll->exchange->rank, &v))
+            continue;
+        if (!visit(context, &v))
+            break;
+        v.index++;
+    }
+    return v.token;
+}
+
+typedef struct every {
+    void (*visit)(void *context, const epx__ll_visit_t *visit);
+    void *context;
+} every_t;
+
+static bool visit_every(void *context, const epx__ll_visit_t *v)
+{
+    const every_t *every = context;
+    every->visit(every->context, v);
+    return true;
+}
+
 void epx__ll_each(epx__ll_cpu_t *ll, const epx__ll_call_t *call,
                   void (*visit)(void *context, const epx__ll_visit_t *visit), void *context)
 {
-    const epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
-    size_t source_ids = (size_t)ll->layout.tokens_max * ll->layout.topk_max, topk = call->dispatch.topk;
-    epx__ll_visit_t v;
-    for (v.source = 0; v.source < ll->layout.ranks; v.source++)
-        for (v.token = 0; v.token < kept->tokens[v.source]; v.token++) {
-            size_t at = v.source * source_ids + v.token * topk;
-            v.ids = kept->ids + at;
-            v.weights = call->dispatch.topk_weights ? kept->weights + at : NULL;
-            if (look_at(call, ll->exchange->rank, &v))
-                visit(context, &v);
-        }
+    every_t every = {visit, context};
+    for (uint32_t s = 0; s < ll->layout.ranks; s++)
+        epx__ll_each_of(ll, call, s, 0, visit_every, &every);
 }

@@ -131,9 +131,10 @@ static epx_status_t create(epx__exchange_t *exchange)
 {
     int before;
     if (exchange->topology->domains > 1)
-        return epx__fail(EPX_E_UNSUPPORTED,
-                         "low latency between domains is not there yet; all %d ranks must share one domain",
-                         exchange->topology->ranks);
+        return epx__fail(
+            EPX_E_UNSUPPORTED,
+            "low latency between domains works on the CPU backend so far; with GPUs all %d ranks must share one domain",
+            exchange->topology->ranks);
     if (experts_here(exchange) >= LL_NONE)
         return epx__fail(EPX_E_INVALID, "low latency on GPUs: at most %u experts on a rank", LL_NONE - 1);
     ll_cuda_t *ll = epx__calloc(1, sizeof *ll);

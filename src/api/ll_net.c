@@ -1,0 +1,98 @@
+/* Making what low latency needs between domains: see algo/ll/net.h. */
+#include "algo/ll/net.h"
+
+#include <unistd.h>
+
+#include "api/rails.h"
+#include "base/alloc.h"
+#include "base/env.h"
+#include "base/fail.h"
+
+#define WINDOW 64 /* requests under way to one rank: those of several calls */
+
+static epx_status_t memory_init(epx_buffer_t *buffer, epx__ll_net_t *net)
+{
+    const epx_group_t *group = buffer->group;
+    net->place = epx__calloc((size_t)group->ranks, sizeof *net->place);
+    net->wanted = epx__calloc((size_t)group->ranks, 1);
+    if (!net->place || !net->wanted)
+        return epx__fail(EPX_E_NOMEM, "no memory for low latency between %d ranks", group->ranks);
+    const epx__topology_t *topology = &group->topology;
+    const epx__ll_layout_t *layout = &buffer->x.layout.ll;
+    for (int r = 0; r < group->ranks; r++) {
+        net->wanted[r] = topology->domain_of[r] != topology->domain_of[group->rank];
+        net->place[r] = net->wanted[r] ? (int32_t)net->far++ : -1;
+    }
+    net->piece_bytes = epx__ll_piece_bytes(layout);
+    net->help = sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
+    net->out = epx__calloc((size_t)layout->slots * net->far, net->piece_bytes);
+    if (!net->out)
+        return epx__fail(EPX_E_NOMEM,
+                         "low latency between domains: no memory for %u slots of %u ranks, %zu bytes each; give less "
+                         "ll_tokens_max or ll_slots",
+                         layout->slots, net->far, net->piece_bytes);
+    return EPX_OK;
+}
+
+/* A record is pushed whole, so the channel's window must hold its puts and the words. */
+static epx_status_t window_for(epx_buffer_t *buffer, const epx__ll_net_t *net, epx__channels_t *channels)
+{
+    uint64_t puts = net->piece_bytes / channels->put_bytes_max + 1, need = puts + EPX__LL_NET_WORDS;
+    if (need > channels->window)
+        return epx__fail(
+            EPX_E_INVALID,
+            "low latency between domains: a record of %zu bytes takes %llu puts of %s, and %u may be under "
+            "way; give less ll_tokens_max (%u now)",
+            net->piece_bytes, (unsigned long long)puts, buffer->group->net, channels->window,
+            buffer->x.config.ll_tokens_max);
+    return EPX_OK;
+}
+
+static epx_status_t channels_init(epx_buffer_t *buffer, epx__ll_net_t *net)
+{
+    const epx__ll_layout_t *layout = &buffer->x.layout.ll;
+    const epx_channel_memory_t memories[EPX__LL_NET_MEMORIES] = {
+        [EPX__LL_NET_WINDOW] = {(uint8_t *)buffer->x.window.base + layout->words_offset, layout->total_bytes, 0},
+        [EPX__LL_NET_OUT] = {net->out, (size_t)layout->slots * net->far * net->piece_bytes, 0}};
+    epx__channels_config_t config = {.wanted = net->wanted,
+                                     .channels = 1,
+                                     .proxies = 0, /* by the number of ranks */
+                                     .window = WINDOW,
+                                     .memories = memories,
+                                     .memory_count = EPX__LL_NET_MEMORIES};
+    EPX__TRY(epx__buffer_channels_create(buffer, &config, &net->channels));
+    return window_for(buffer, net, net->channels);
+}
+
+epx_status_t epx__buffer_ll_net_open(epx_buffer_t *buffer)
+{
+    epx_group_t *group = buffer->group;
+    if (group->topology.domains == 1 || buffer->x.config.ll_tokens_max == 0)
+        return EPX_OK;
+    epx__ll_net_t *net = epx__calloc(1, sizeof *net);
+    epx_status_t status = EPX_OK;
+    buffer->x.ll_net = net;
+    if (net)
+        status = memory_init(buffer, net);
+    else
+        status = epx__fail(EPX_E_NOMEM, "no memory for low latency between %d ranks", group->ranks);
+    EPX__TRY(epx__group_agree(group, status, "making low latency's memory between domains"));
+    status = channels_init(buffer, net);
+    EPX__TRY(epx__group_agree(group, status, "connecting low latency between domains"));
+    /* Some networks connect at the first put: now, not in the first call with its shorter deadline. */
+    status = epx_channels_barrier(net->channels);
+    return epx__group_agree(group, status, "trying low latency's channels");
+}
+
+void epx__buffer_ll_net_close(epx_buffer_t *buffer)
+{
+    epx__ll_net_t *net = buffer->x.ll_net;
+    if (!net)
+        return;
+    buffer->x.ll_net = NULL;
+    epx__channels_destroy(net->channels);
+    epx__free(net->out);
+    epx__free(net->place);
+    epx__free(net->wanted);
+    epx__free(net);
+}
