@@ -4,8 +4,8 @@ set(EPX_CUDA_FOUND OFF)
 file(GLOB EPX_CUDA_SOURCES CONFIGURE_DEPENDS src/device/cuda/*.c src/device/cuda/*.cu src/algo/*/cuda/*.c
   src/algo/*/cuda/*.cu)
 
-# sm_80 is compiled, never run by us. The last one leaves PTX for what comes after it.
-set(EPX_CUDA_ARCHITECTURES "80-real;90-real;100" CACHE STRING "GPUs to compile for")
+# sm_80 is compiled, never run by us. The last one leaves PTX for what comes after it. For a quick build name only yours.
+set(EPX_CUDA_ARCHITECTURES "80-real;90-real;100" CACHE STRING "GPU architectures to compile for")
 
 function(epx_cuda_target target)
   target_compile_options(${target} PRIVATE

@@ -17,31 +17,10 @@
 #ifndef EPX_ALGO_RAILS_H
 #define EPX_ALGO_RAILS_H
 
+#include "algo/rail_wire.h"
 #include "channel/channels.h"
 #include "device/device.h"
 #include "plan/topology.h"
-
-enum { EPX__RAIL_MESSAGES = 0, EPX__RAIL_DATA = 1, EPX__RAIL_CREDIT = 2, EPX__RAIL_CHANNELS = 3 };
-enum {
-    EPX__RAILS_MEMORY_RAILS = 0,
-    EPX__RAILS_MEMORY_WINDOW = 1
-};                            /* of the channels: the rails window, the buffer's */
-enum { EPX__RAIL_INBOX = 4 }; /* messages deep: no rank is more than two halves ahead of its domain, nor of its rails */
-
-/* What rank `domain index` i writes here about the stream of domain d, and what others write back. Rows, ever. */
-typedef struct epx__rail_words {
-    uint64_t arrived; /* dispatch: rows of (d, i) that lie in i's receive ring or did */
-    uint64_t taken;   /* dispatch: rows of my receive ring d that i needs no more */
-    uint64_t staged;  /* combine: rows that i has put up for me to sum, for domain d's token */
-    uint64_t read;    /* combine: rows of mine that i has read, for domain d's tokens */
-    uint64_t spare[4];
-} epx__rail_words_t;
-
-typedef struct epx__rails_layout {
-    size_t words, inbox, outbox, receive, send, total;
-    size_t message_bytes, ring_bytes;
-    size_t mask_bytes; /* of one token's ranks in a domain */
-} epx__rails_layout_t;
 
 typedef struct epx__rails {
     const epx__topology_t *topology;
@@ -76,12 +55,11 @@ static inline epx__rail_words_t *epx__rails_words(const epx__rails_t *rails, int
 }
 static inline size_t epx__rails_inbox(const epx__rails_t *rails, int domain, uint64_t sequence)
 {
-    return rails->layout.inbox +
-           ((size_t)domain * EPX__RAIL_INBOX + sequence % EPX__RAIL_INBOX) * rails->layout.message_bytes;
+    return rails->layout.inbox + epx__rail_slot(&rails->layout, domain, sequence);
 }
 static inline size_t epx__rails_outbox(const epx__rails_t *rails, int domain, uint64_t sequence)
 {
-    return epx__rails_inbox(rails, domain, sequence) - rails->layout.inbox + rails->layout.outbox;
+    return rails->layout.outbox + epx__rail_slot(&rails->layout, domain, sequence);
 }
 static inline size_t epx__rails_receive(const epx__rails_t *rails, int domain)
 {

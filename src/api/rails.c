@@ -11,13 +11,23 @@
 #include "base/fail.h"
 #include "device/cpu/wait.h"
 
+#define RAIL_PROXIES 1u
+
 typedef struct own {
     epx_buffer_t *buffer;
     epx__export_t *exports; /* [ranks] */
     uint8_t *wanted;        /* [ranks] */
-    bool window_open;
+    epx__device_t *host;    /* of the rails window: host memory, also when the group's device is a GPU */
+    uint8_t *pinned;        /* [ranks of the domain] its window is pinned for the GPU here */
+    bool window_open, block_pinned;
+    uint64_t *tickets; /* of GPU producers */
     int notice_slot;
 } own_t;
+
+static bool on_gpu(const epx_group_t *group)
+{
+    return group->device->ops->backend != EPX_BACKEND_CPU;
+}
 
 static const char *address_of(const epx_group_t *group)
 {
@@ -42,7 +52,8 @@ epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
         return epx__fail(EPX_E_INVALID, "the network's name \"%.40s...\" is too long", spec);
     EPX__TRY(epx__net_open(spec, &config, &net));
     snprintf(group->net, sizeof group->net, "%s", spec);
-    snprintf(group->net_why, sizeof group->net_why, "%s", net->why);
+    snprintf(group->net_why, sizeof group->net_why, "%s%s", net->why,
+             on_gpu(group) ? "; rows pass through pinned host memory" : "");
     epx__net_close(net);
     return EPX_OK;
 }
@@ -63,6 +74,23 @@ static void on_notice(void *context, int from, const void *data, size_t bytes)
     buffer->x.ops->interrupt(&buffer->x);
 }
 
+/* A GPU's rails window is host memory as well, which kernels and the network both reach. */
+static epx_status_t choose_host(epx_group_t *group, own_t *own)
+{
+    uint64_t asked = 0;
+    if (!on_gpu(group)) {
+        own->host = group->device;
+        return EPX_OK;
+    }
+    EPX__TRY(epx__env_u64(EPX__ENV_CUDA_DOMAINS, 0, 1, 0, &asked));
+    if (!asked)
+        return epx__fail(EPX_E_UNSUPPORTED,
+                         "several domains work with the CPU backend so far; this group's is %s, for which they are "
+                         "written but have not been run: EPX_CUDA_DOMAINS=1 tries them",
+                         group->device->ops->name);
+    return epx__device_cpu.open(-1, &own->host);
+}
+
 static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
     epx_group_t *group = buffer->group;
@@ -70,17 +98,26 @@ static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t
     own->exports = epx__calloc((size_t)group->ranks, sizeof *own->exports);
     own->wanted = epx__calloc((size_t)group->ranks, 1);
     rails->member = epx__calloc((size_t)topology->per_domain, sizeof *rails->member);
-    if (!own->exports || !own->wanted || !rails->member)
+    own->pinned = epx__calloc((size_t)topology->per_domain, 1);
+    if (!own->exports || !own->wanted || !rails->member || !own->pinned)
         return epx__fail(EPX_E_NOMEM, "no memory for the rails of %d ranks", group->ranks);
-    if (group->device->ops->backend != EPX_BACKEND_CPU)
-        return epx__fail(EPX_E_UNSUPPORTED, "several domains work with the CPU backend so far; this group's is %s",
-                         group->device->ops->name);
+    EPX__TRY(choose_host(group, own));
     EPX__TRY(epx__rails_layout_make(topology, buffer->x.config.tokens_max, buffer->x.config.experts_max,
                                     buffer->x.config.reserve_bytes, &rails->layout));
-    EPX__TRY(epx__window_create(group->device, group->fdserver, rails->layout.total, &rails->window,
+    EPX__TRY(epx__window_create(own->host, group->fdserver, rails->layout.total, &rails->window,
                                 &own->exports[group->rank]));
     own->window_open = true;
+    if (on_gpu(group)) /* as epx_channels_tickets counts them */
+        return group->device->ops->words_alloc(group->device, RAIL_PROXIES + (size_t)group->ranks * EPX__RAIL_CHANNELS,
+                                               &own->tickets);
     return EPX_OK;
+}
+
+static epx_status_t import_window(epx_group_t *group, const own_t *own, int rank, void **mapped)
+{
+    if (!on_gpu(group))
+        return epx__group_import(group, rank, &own->exports[rank], mapped);
+    return epx__window_import(own->host, &own->exports[rank], group->timeout_ms, mapped);
 }
 
 static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
@@ -92,8 +129,10 @@ static epx_status_t map_members(epx_buffer_t *buffer, epx__rails_t *rails, own_t
         int rank = epx__topology_rank(&group->topology, rails->domain, i);
         void *mapped = rails->window.base;
         if (rank != group->rank)
-            EPX__TRY(epx__group_import(group, rank, &own->exports[rank], &mapped));
+            EPX__TRY(import_window(group, own, rank, &mapped));
         rails->member[i] = mapped;
+        EPX__TRY(group->device->ops->host_pin(group->device, mapped, rails->layout.total));
+        own->pinned[i] = 1;
     }
     return EPX_OK;
 }
@@ -112,7 +151,7 @@ epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__chann
     config->timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms;
     config->allgather = epx__group_gather;
     config->allgather_context = &gathering;
-    config->changed = on_change;
+    config->changed = on_gpu(group) ? NULL : on_change; /* kernels poll */
     config->changed_context = buffer;
     epx_status_t status = epx__channels_create(config, channels);
     epx__group_gather_no_more(&gathering, status);
@@ -121,19 +160,27 @@ epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__chann
 
 static epx_status_t open_channels(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)
 {
-    const epx__topology_t *topology = &buffer->group->topology;
+    epx_group_t *group = buffer->group;
+    const epx__topology_t *topology = &group->topology;
     /* By number: EPX__RAILS_MEMORY_RAILS, EPX__RAILS_MEMORY_WINDOW. */
     epx_channel_memory_t memories[] = {{rails->window.base, rails->layout.total, 0},
                                        {buffer->x.window.base, buffer->x.layout.total_bytes, 0}};
+    bool gpu = on_gpu(group);
     for (int d = 0; d < topology->domains; d++)
         own->wanted[epx__topology_rank(topology, d, rails->index)] = d != rails->domain;
-    epx__channels_config_t config = {.wanted = own->wanted,
-                                     .channels = EPX__RAIL_CHANNELS,
-                                     .proxies = 1,
-                                     .memories = memories,
-                                     .memory_count = 2,
-                                     .any_sources = true};
-    return epx__buffer_channels_create(buffer, &config, &rails->channels);
+    epx__channels_config_t config = {
+        .wanted = own->wanted,
+        .channels = EPX__RAIL_CHANNELS,
+        .proxies = RAIL_PROXIES,
+        .memories = memories,
+        .memory_count = gpu ? 1 : 2, /* GPU memory is not for the network: its rows pass through the rails window */
+        .any_sources = !gpu,
+        .device_producers = gpu,
+        .tickets = own->tickets};
+    EPX__TRY(epx__buffer_channels_create(buffer, &config, &rails->channels));
+    EPX__TRY(group->device->ops->host_pin(group->device, rails->channels->block, rails->channels->layout.total));
+    own->block_pinned = true;
+    return EPX_OK;
 }
 
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
@@ -158,7 +205,7 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
         rails->index = group->topology.index_of[group->rank];
         rails->tokens_max = buffer->x.config.tokens_max;
         rails->experts_max = buffer->x.config.experts_max;
-        rails->help = sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
+        rails->help = !on_gpu(group) && sysconf(_SC_NPROCESSORS_ONLN) < 2l * group->host_ranks;
         status = open_window(buffer, rails, own);
     }
     EPX__TRY(epx__group_agree(group, status, "making the rails between domains"));
@@ -170,8 +217,9 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
         status = epx__bootstrap_on_notice(group->bootstrap, tag, on_notice, buffer, &own->notice_slot);
     buffer->x.notice_tag = tag;
     EPX__TRY(epx__group_agree(group, status, "connecting the rails"));
-    /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. */
-    status = epx_channels_barrier(rails->channels);
+    /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. What GPU
+     * threads push, only they may push: the exchange tries their channels itself when it is made. */
+    status = on_gpu(group) ? EPX_OK : epx_channels_barrier(rails->channels);
     return epx__group_agree(group, status, "trying the rails");
 }
 
@@ -191,17 +239,25 @@ void epx__buffer_rails_close(epx_buffer_t *buffer)
     own_t *own = rails->api;
     if (own->notice_slot >= 0)
         epx__bootstrap_off_notice(group->bootstrap, own->notice_slot);
+    if (own->block_pinned)
+        group->device->ops->host_unpin(group->device, rails->channels->block);
     epx__channels_destroy(rails->channels);
-    for (int i = 0; rails->member && own->exports && i < group->topology.per_domain; i++) {
+    group->device->ops->words_free(group->device, own->tickets);
+    for (int i = 0; rails->member && own->exports && own->pinned && i < group->topology.per_domain; i++) {
         int rank = epx__topology_rank(&group->topology, rails->domain, i);
+        if (own->pinned[i])
+            group->device->ops->host_unpin(group->device, rails->member[i]);
         if (rank != group->rank && rails->member[i])
-            epx__window_unimport(group->device, &own->exports[rank], rails->member[i]);
+            epx__window_unimport(own->host, &own->exports[rank], rails->member[i]);
     }
     if (own->window_open)
-        epx__window_destroy(group->device, group->fdserver, &rails->window, &own->exports[group->rank]);
+        epx__window_destroy(own->host, group->fdserver, &rails->window, &own->exports[group->rank]);
+    if (own->host && own->host != group->device)
+        own->host->ops->close(own->host);
     epx__free(rails->member);
     epx__free(own->exports);
     epx__free(own->wanted);
+    epx__free(own->pinned);
     epx__free(own);
     epx__free(rails);
     buffer->x.net = NULL;

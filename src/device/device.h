@@ -51,6 +51,13 @@ typedef struct epx__device_ops {
     epx_status_t (*copy_out)(epx__device_t *device, void *to_host, const void *from, size_t bytes);
     /* Is this pointer memory that this device can use? "words" in epx__detail when not. */
     epx_status_t (*check_pointer)(epx__device_t *device, const void *pointer, const char *what);
+    /* Host memory for the device's threads: pinned, and seen by them at the same address, until unpinned. Ranks of one
+     * process may pin the same memory. CPU: nothing to do. */
+    epx_status_t (*host_pin)(epx__device_t *device, void *base, size_t bytes);
+    void (*host_unpin)(epx__device_t *device, void *base);
+    /* Zeroed words that the device's own threads share (tickets of port channels). */
+    epx_status_t (*words_alloc)(epx__device_t *device, size_t count, uint64_t **words);
+    void (*words_free)(epx__device_t *device, uint64_t *words);
 } epx__device_ops_t;
 
 struct epx__device {

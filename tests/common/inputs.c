@@ -268,10 +268,11 @@ void xt_expect_fini(xt_expect_t *e)
     memset(e, 0, sizeof *e);
 }
 
-/* A value of either sign and varying size; sometimes -0. */
+/* A value of either sign and varying size, so that fp32 sums depend on the order (30 bits lie between the least and the
+ * largest); all formats hold it; sometimes -0. */
 static float value(uint64_t h)
 {
-    static const float scale[] = {0.03125f, 0.25f, 1.0f, 4.0f, 0.0078125f, 16.0f, 1.0f, 0.5f};
+    static const float scale[] = {0x1p-12f, 0.25f, 1.0f, 4.0f, 0x1p-17f, 16.0f, 1.0f, 0.5f};
     return ((float)(h & 255) - 128.0f) * scale[h >> 8 & 7] * (h >> 11 & 1 ? 1.0f : -1.0f);
 }
 

@@ -14,7 +14,7 @@ if [ ! -e /dev/nvidiactl ]; then
 fi
 generator=""
 command -v ninja >/dev/null && generator="-G Ninja"
-targets="epx epx_cuda epx_command epx_bench_cuda gpu_test_differential gpu_test_stress gpu_test_graph gpu_test_fault gpu_test_bounds"
+targets="epx epx_cuda epx_command epx_bench_cuda gpu_test_differential gpu_test_stress gpu_test_graph gpu_test_fault gpu_test_bounds gpu_test_domains"
 if ! { cmake -S "$source" -B "$build" $generator -DCMAKE_BUILD_TYPE=Release -DEPX_WITH_CUDA=ON &&
     cmake --build "$build" -j "$(nproc)" --target $targets $(cd "$source/tests/gpu" && ls test_ll*.c* | sed 's/^/gpu_/; s/[.].*//'); } >"$logs/build.log" 2>&1; then
     tail -40 "$logs/build.log"
@@ -46,6 +46,8 @@ run bounds 100 "$tests/gpu_test_bounds"
 run graph 120 "$tests/gpu_test_graph" "${GRAPH_REPLAYS:-1000}"
 run differential 300 "$tests/gpu_test_differential" "" "$percent"
 run stress 120 "$tests/gpu_test_stress" "" "$((percent / 10 + 1))"
+run domains 200 "$tests/gpu_test_domains"
+EPX_CUDA_DOMAINS=1 EPX_TEST_PER_DOMAIN=1 EPX_NET=${EPX_GPU_NET:-ofi:tcp} run graph-domains 120 "$tests/gpu_test_graph" $((${GRAPH_REPLAYS:-1000} / 10))
 for name in ll ll_slots ll_graph ll_deadline; do
     [ -x "$tests/gpu_test_$name" ] && run $name 150 "$tests/gpu_test_$name"
 done

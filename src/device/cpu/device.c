@@ -173,6 +173,33 @@ static epx_status_t cpu_check_pointer(epx__device_t *device, const void *pointer
     return EPX_OK;
 }
 
+static epx_status_t cpu_host_pin(epx__device_t *device, void *base, size_t bytes)
+{
+    (void)device;
+    (void)base;
+    (void)bytes;
+    return EPX_OK;
+}
+
+static void cpu_host_unpin(epx__device_t *device, void *base)
+{
+    (void)device;
+    (void)base;
+}
+
+static epx_status_t cpu_words_alloc(epx__device_t *device, size_t count, uint64_t **words)
+{
+    (void)device;
+    *words = epx__calloc(count, sizeof **words);
+    return *words ? EPX_OK : epx__fail(EPX_E_NOMEM, "no memory for %zu words", count);
+}
+
+static void cpu_words_free(epx__device_t *device, uint64_t *words)
+{
+    (void)device;
+    epx__free(words);
+}
+
 const epx__device_ops_t epx__device_cpu = {
     .name = "cpu",
     .backend = EPX_BACKEND_CPU,
@@ -187,4 +214,8 @@ const epx__device_ops_t epx__device_cpu = {
     .copy_in = cpu_copy,
     .copy_out = cpu_copy,
     .check_pointer = cpu_check_pointer,
+    .host_pin = cpu_host_pin,
+    .host_unpin = cpu_host_unpin,
+    .words_alloc = cpu_words_alloc,
+    .words_free = cpu_words_free,
 };

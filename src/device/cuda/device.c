@@ -385,6 +385,123 @@ static epx_status_t check_pointer(epx__device_t *device, const void *pointer, co
     return EPX_OK;
 }
 
+/* ---- host memory for kernels ---- */
+
+/* Pinned memory of this process, by address: ranks that are threads use the same rails windows. */
+typedef struct pinned {
+    struct pinned *next;
+    void *base;
+    uint32_t users;
+} pinned_t;
+
+static pinned_t *pinned_all; /* under backings_lock */
+
+static pinned_t **pinned_find(const void *base)
+{
+    pinned_t **at = &pinned_all;
+    while (*at && (*at)->base != base)
+        at = &(*at)->next;
+    return at;
+}
+
+/* Kernels take the host's own pointers, which travel in tables: the device must see them at the same address. */
+static epx_status_t same_address(void *base)
+{
+    void *seen = NULL;
+    cudaError_t error = cudaHostGetDevicePointer(&seen, base, 0);
+    if (error != cudaSuccess)
+        return epx__cuda_fail(error, "mapping pinned host memory");
+    if (seen != base)
+        return epx__fail(EPX_E_UNSUPPORTED, "this GPU sees pinned host memory at other addresses than the host");
+    return EPX_OK;
+}
+
+static epx_status_t pin_first(void *base, size_t bytes, pinned_t *entry)
+{
+    cudaError_t error = cudaHostRegister(base, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+    if (error != cudaSuccess)
+        return epx__cuda_fail(error, "pinning host memory for the network");
+    entry->base = base;
+    entry->users = 1;
+    entry->next = pinned_all;
+    pinned_all = entry;
+    return EPX_OK;
+}
+
+static epx_status_t host_pin(epx__device_t *device, void *base, size_t bytes)
+{
+    int before;
+    pinned_t *entry = epx__calloc(1, sizeof *entry);
+    if (!entry)
+        return epx__fail(EPX_E_NOMEM, "no memory to note pinned memory");
+    epx_status_t status = epx__cuda_enter(device->ordinal, &before);
+    if (status != EPX_OK) {
+        epx__free(entry);
+        return status;
+    }
+    pthread_mutex_lock(&backings_lock);
+    pinned_t *there = *pinned_find(base);
+    if (there)
+        there->users++;
+    else
+        status = pin_first(base, bytes, entry);
+    pthread_mutex_unlock(&backings_lock);
+    if (there || status != EPX_OK)
+        epx__free(entry);
+    if (status == EPX_OK) {
+        status = same_address(base);
+        if (status != EPX_OK)
+            device->ops->host_unpin(device, base);
+    }
+    epx__cuda_leave(device->ordinal, before);
+    return status;
+}
+
+static void host_unpin(epx__device_t *device, void *base)
+{
+    int before;
+    if (epx__cuda_enter(device->ordinal, &before) != EPX_OK)
+        return;
+    pthread_mutex_lock(&backings_lock);
+    pinned_t **at = pinned_find(base), *entry = *at;
+    if (entry && --entry->users == 0) {
+        *at = entry->next;
+        (void)cudaHostUnregister(base);
+        epx__free(entry);
+    }
+    pthread_mutex_unlock(&backings_lock);
+    epx__cuda_leave(device->ordinal, before);
+}
+
+static epx_status_t words_alloc(epx__device_t *device, size_t count, uint64_t **words)
+{
+    epx__cuda_device_t *d = (epx__cuda_device_t *)device;
+    int before;
+    void *memory = NULL;
+    EPX__TRY(epx__cuda_enter(device->ordinal, &before));
+    cudaError_t error = cudaMalloc(&memory, count * sizeof **words);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(memory, 0, count * sizeof **words, d->stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(d->stream);
+    if (error != cudaSuccess)
+        (void)cudaFree(memory);
+    epx__cuda_leave(device->ordinal, before);
+    if (error != cudaSuccess)
+        return epx__cuda_fail(error, "GPU memory for tickets");
+    *words = memory;
+    return EPX_OK;
+}
+
+static void words_free(epx__device_t *device, uint64_t *words)
+{
+    int before;
+    if (!words || epx__cuda_enter(device->ordinal, &before) != EPX_OK)
+        return;
+    (void)cudaFree(words);
+    epx__cuda_leave(device->ordinal, before);
+}
+
 const epx__device_ops_t epx__device_cuda = {
     .name = "cuda",
     .backend = EPX_BACKEND_CUDA,
@@ -399,4 +516,8 @@ const epx__device_ops_t epx__device_cuda = {
     .copy_in = copy,
     .copy_out = copy,
     .check_pointer = check_pointer,
+    .host_pin = host_pin,
+    .host_unpin = host_unpin,
+    .words_alloc = words_alloc,
+    .words_free = words_free,
 };

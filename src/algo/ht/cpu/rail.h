@@ -15,15 +15,6 @@
 #include "algo/ht/cpu/ht_cpu.h"
 #include "algo/rails.h"
 
-/* Header of a rail's message. BEGIN is followed by: int32_t counts[ranks], int32_t experts[experts] (by global id),
- * int32_t token[crossing], uint8_t mask[crossing][mask_bytes] of the ranks in the reader's domain. */
-typedef struct epx__rail_message {
-    uint64_t sequence, shape, tokens, recv_max;
-    uint32_t kind, generation, crossing, experts;
-    uint64_t x_place; /* ROWS: where in my window your rows go, x alone, one after the other; 0: through the ring */
-    uint64_t spare;
-} epx__rail_message_t;
-
 /* Rows of one half on their way through a ring. Row k lies in slot k / rows_per_chunk % slots. */
 typedef struct epx__rail_stream {
     size_t stride; /* of a record: chunks and slots are cut by it */

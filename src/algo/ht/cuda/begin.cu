@@ -5,7 +5,7 @@
  * of bits), how many to each expert
  *      -- grid barrier --
  *   2  block 0      per rank: sums over the groups; posts the counts to every peer, reads theirs; first rows by prefix
- * sums; counts into host memory
+ * sums; counts into host memory. Several domains: to and from the rails first, see rail_begin.cuh
  *      -- grid barrier --
  *   3  all blocks   dst_rank, dst_row: first row at that rank + tokens of earlier groups + tokens of earlier lanes
  *
@@ -13,7 +13,7 @@
  */
 #include <cuda_runtime.h>
 
-#include "algo/ht/cuda/wait.cuh"
+#include "algo/ht/cuda/rail_begin.cuh"
 
 #define BEGIN_THREADS 512
 
@@ -32,7 +32,7 @@ EPX__DEVICE bool grid_barrier(const ht_common_t &c, ht_block_t *b, uint32_t nth)
             if (start == 0)
                 start = now;
             /* Block 0 may wait out its own deadline for a peer meanwhile: leave it the time. */
-            if (now - start > c.timeout_ns + c.timeout_ns / 2) {
+            if (now - start > c.timeout_ns + c.timeout_ns / 2 + (c.rails ? c.timeout_ns : 0)) {
                 ht_fault_t f = {EPX_E_TIMEOUT, HT_STAGE_BARRIER, c.rank, want, 0, now - start};
                 ht_fail(c, b->n, f);
             }
@@ -205,9 +205,11 @@ EPX__DEVICE void tell_experts(const ht_begin_t &p, uint64_t n)
     for (uint32_t i = threadIdx.x; i < experts; i += blockDim.x) {
         uint32_t sum = __ldcg(&p.expert_count[expert_of(p, c.rank, i)]);
         for (int s = 0; s < c.ranks; s++) {
-            if (s != c.rank)
+            if (ht_neighbour(c, s))
                 sum += ld_relaxed_sys_u32((const uint32_t *)expert_counts(c, mail_at(c, c.window, s, n)) + i);
         }
+        if (c.rails)
+            sum += rail_expert_rows(p, n, expert_of(p, c.rank, i));
         p.h.host_experts[i] = epx__align_rows((int32_t)sum, p.alignment);
     }
 }
@@ -244,12 +246,19 @@ EPX__DEVICE bool exchange_counts(const ht_begin_t &p, ht_block_t *b)
         p.recv_max_of[c.rank] = p.recv_max;
     }
     __syncthreads();
+    if (c.rails && !(rail_begin_out(p, b->n) && rail_begin_heard(p, b->n)))
+        return false;
     for (int r = warp; r < c.ranks && ok; r += warps)
-        ok = r == c.rank || post_counts(p, b->n, r);
+        ok = !ht_neighbour(c, r) || post_counts(p, b->n, r);
     for (int r = warp; r < c.ranks && ok; r += warps)
-        ok = r == c.rank || read_counts(p, b->n, r);
+        ok = !ht_neighbour(c, r) || read_counts(p, b->n, r);
     if (!__syncthreads_and(ok))
         return false;
+    if (c.rails) {
+        rail_begin_in(p, b->n);
+        __syncthreads();
+        rail_begin_lists(p, b->n);
+    }
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x)
         place_rank(p, b->n, r);
     __syncthreads();
@@ -327,15 +336,16 @@ __global__ void __launch_bounds__(256) ht_barrier_kernel(const __grid_constant__
     __shared__ ht_block_t b;
     if (!ht_enter(c, &b))
         return;
-    bool ok = true;
+    bool ok = rail_mail(c, b.n);
     for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
-        epx__message_t *m = r == c.rank ? NULL : ht_slot(c, b.n, r);
-        ok = r == c.rank || m != NULL;
+        bool near = ht_neighbour(c, r);
+        epx__message_t *m = near ? ht_slot(c, b.n, r) : NULL;
+        ok = !near || m != NULL;
         if (m)
             st_release_sys_u64(&m->sequence, b.n);
     }
     for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x)
-        ok = r == c.rank || ht_message(c, b.n, r) != NULL;
+        ok = !ht_neighbour(c, r) || ht_message(c, b.n, r) != NULL;
     bool good = __syncthreads_and(ok) != 0;
     if (good)
         ht_tell_end(c, b.n);
@@ -356,9 +366,9 @@ __global__ void __launch_bounds__(256) ht_check_kernel(const __grid_constant__ h
     __shared__ ht_block_t b;
     if (!ht_enter(c, &b))
         return;
-    bool ok = true;
+    bool ok = rail_mail(c, b.n);
     for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
-        if (r == c.rank)
+        if (!ht_neighbour(c, r))
             continue;
         epx__message_t *m = ht_slot(c, b.n, r);
         ok = m != NULL;
@@ -371,14 +381,15 @@ __global__ void __launch_bounds__(256) ht_check_kernel(const __grid_constant__ h
         st_release_sys_u64(&m->sequence, b.n);
     }
     for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
-        const epx__message_t *m = r == c.rank ? NULL : ht_message(c, b.n, r);
-        bool right = r == c.rank || (m && ld_relaxed_sys_u64(&m->tokens) == check_pattern(r, c.rank, b.n));
+        bool near = ht_neighbour(c, r);
+        const epx__message_t *m = near ? ht_message(c, b.n, r) : NULL;
+        bool right = near && (m && ld_relaxed_sys_u64(&m->tokens) == check_pattern(r, c.rank, b.n));
         const uint64_t *put = put_words(c, c.window, r);
         for (uint32_t i = 0; m && i < 2 * HT_WORDS; i++)
             right = right && ld_relaxed_sys_u64(&put[i]) == batch_word(b.n, i);
         if (right)
             ((volatile uint32_t *)p.works)[r] += 1;
-        ok = r == c.rank || m != NULL;
+        ok = !near || m != NULL;
     }
     bool good = __syncthreads_and(ok) != 0;
     if (good) {

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include "algo/ht/cuda/flow.cuh"
+#include "algo/ht/cuda/sum.cuh"
 
 /* Where the rows of one rank are read. ring 0: by row; else by position among my rows there, modulo the ring. */
 typedef struct ht_source {
@@ -181,39 +182,6 @@ EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, u
         count_batch(p.c.consumed + (size_t)k.rank * HT_WORDS, take_words(p.c, p.c.peers[k.rank], p.c.rank), n, b,
                     batch_total(s.rows, p.batch, b));
     }
-}
-
-template <int dtype>
-EPX__DEVICE void add_16(float *sum, uint4 v)
-{
-    uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (dtype == EPX_FP32) {
-            sum[i] = __fadd_rn(sum[i], __uint_as_float(u[i]));
-        } else if (dtype == EPX_BF16) {
-            sum[2 * i] = __fadd_rn(sum[2 * i], __uint_as_float(u[i] << 16));
-            sum[2 * i + 1] = __fadd_rn(sum[2 * i + 1], __uint_as_float(u[i] & 0xffff0000u));
-        } else {
-            sum[2 * i] = __fadd_rn(sum[2 * i], f32_of_fp16_bits(u[i] & 0xffffu));
-            sum[2 * i + 1] = __fadd_rn(sum[2 * i + 1], f32_of_fp16_bits(u[i] >> 16));
-        }
-    }
-}
-template <int dtype>
-EPX__DEVICE uint4 round_16(const float *sum)
-{
-    uint32_t u[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (dtype == EPX_FP32)
-            u[i] = __float_as_uint(sum[i]);
-        else if (dtype == EPX_BF16)
-            u[i] = bf16x2_of_f32(sum[2 * i], sum[2 * i + 1]);
-        else
-            u[i] = fp16x2_of_f32(sum[2 * i], sum[2 * i + 1]);
-    }
-    return make_uint4(u[0], u[1], u[2], u[3]);
 }
 
 /* Biases and the result of one 16-byte piece. */

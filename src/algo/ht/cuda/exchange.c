@@ -31,6 +31,35 @@ static size_t slots_max(const ht_cuda_t *h)
     return (size_t)h->exchange->topology->ranks;
 }
 
+static void cut_rails(ht_cuda_t *h, cutter_t *c)
+{
+    const epx__topology_t *t = h->exchange->topology;
+    size_t ranks = (size_t)t->ranks, domains = (size_t)t->domains;
+    h->rails = cut(c, 1, sizeof *h->rails);
+    h->rail_member = cut(c, (size_t)t->per_domain, sizeof *h->rail_member);
+    h->rail_rank_of = cut(c, ranks, 4);
+    h->rail_index_of = cut(c, ranks, 4);
+    h->rail_channels = cut(c, domains * EPX__RAIL_CHANNELS, sizeof *h->rail_channels);
+    h->rail_state = cut(c, domains, sizeof *h->rail_state);
+    h->rail_told = cut(c, ranks, 8);
+    h->rail_hands = cut(c, ranks * HT_HANDS, 8);
+    h->rail_before = cut(c, domains * h->groups_max, 4);
+}
+
+static void cut_rail_record(const ht_cuda_t *h, ht_record_t *r, cutter_t *c)
+{
+    const epx__topology_t *t = h->exchange->topology;
+    size_t ranks = (size_t)t->ranks, domains = (size_t)t->domains, tokens = h->exchange->config.tokens_max;
+    r->cross_count = cut(c, domains, 4);
+    r->cross_token = cut(c, domains * tokens, 4);
+    r->cross_at = cut(c, domains * tokens, 4);
+    r->in_count = cut(c, ranks, 4);
+    r->pull_row = cut(c, ranks * tokens, 4);
+    r->pull_token = cut(c, ranks * tokens, 4);
+    r->sum_row = cut(c, ranks * tokens, 4);
+    r->sum_first = cut(c, ranks, 4);
+}
+
 static void cut_device(ht_cuda_t *h, cutter_t *c)
 {
     const epx_buffer_config_t *config = &h->exchange->config;
@@ -61,7 +90,11 @@ static void cut_device(ht_cuda_t *h, cutter_t *c)
         r->start = cut(c, ranks, 4);
         r->src_rows = ranks * tokens;
         r->src_token = cut(c, r->src_rows, 4);
+        if (h->exchange->topology->domains > 1)
+            cut_rail_record(h, r, c);
     }
+    if (h->exchange->topology->domains > 1)
+        cut_rails(h, c);
 }
 
 static void cut_pinned(ht_cuda_t *h, cutter_t *c)
@@ -70,6 +103,7 @@ static void cut_pinned(ht_cuda_t *h, cutter_t *c)
     size_t ranks = (size_t)h->exchange->topology->ranks;
     h->host = cut(c, 1, sizeof *h->host);
     h->works = cut(c, ranks, 4);
+    h->try_result = cut(c, 2, 4);
     for (uint32_t i = 0; i < config->handles_max; i++) {
         ht_record_t *r = &h->records[i];
         r->ticket = cut(c, 1, 8);
@@ -202,6 +236,10 @@ static epx_status_t load_kernels(ht_cuda_t *h)
         error = epx__ht_load_rows((uint32_t)h->shared_max, h->device->stream);
     if (error == 0)
         error = epx__ht_load_combine((uint32_t)h->shared_max, h->device->stream);
+    if (error == 0 && h->rails)
+        error = epx__ht_load_rail_combine((uint32_t)h->shared_max, h->device->stream);
+    if (error == 0 && h->rails)
+        error = epx__ht_load_try(h->device->stream);
     if (error == 0)
         error = (int)cudaStreamSynchronize(h->device->stream);
     return error == 0 ? EPX_OK : epx__cuda_fail((cudaError_t)error, "loading the kernels for this GPU");
@@ -216,12 +254,13 @@ static epx_status_t create_on(ht_cuda_t *h)
     if (x->config.tokens_max >> HT_WORD_SHIFT)
         return epx__fail(EPX_E_INVALID, "tokens_max is %u; at most %u with CUDA", x->config.tokens_max,
                          (1u << HT_WORD_SHIFT) - 1);
-    if (x->topology->domains > 1)
-        return epx__fail(EPX_E_UNSUPPORTED, "%d domains of GPUs: the network between them is not built for CUDA yet",
-                         x->topology->domains);
+    if (x->topology->domains > 1 && !x->net)
+        return epx__fail(EPX_E_UNSUPPORTED, "%d domains of GPUs without a network between them", x->topology->domains);
     EPX__TRY(allocate(h));
     EPX__TRY(make_events(h));
     EPX__TRY(put_tables(h));
+    if (h->rails)
+        EPX__TRY(epx__ht_cuda_rails_fill(h));
     return load_kernels(h);
 }
 
@@ -254,6 +293,8 @@ static epx_status_t create(epx__exchange_t *exchange)
     epx_status_t agreed = share_sms(h), status = epx__cuda_enter(h->ordinal, &before);
     if (status == EPX_OK) {
         status = agreed == EPX_OK ? create_on(h) : agreed;
+        if (exchange->topology->domains > 1)
+            status = epx__ht_cuda_rails_start(h, status);
         if (status != EPX_OK)
             release(h);
         epx__cuda_leave(h->ordinal, before);
@@ -274,6 +315,7 @@ static void destroy(epx__exchange_t *exchange)
     while (h->ordered && cudaEventQuery(h->order) == cudaErrorNotReady && !epx__deadline_passed(&deadline))
         epx__sleep_ns(50000);
     __atomic_store_n(&h->host->abort, 1, __ATOMIC_RELEASE);
+    epx__ht_cuda_rails_stop(h);
     release(h);
     (void)cudaGetLastError();
     epx__cuda_leave(h->ordinal, before);
@@ -318,7 +360,11 @@ static void fault_own(ht_cuda_t *h, const ht_host_t *r)
                                          [HT_STAGE_CREDIT] = "to make room in its ring",
                                          [HT_STAGE_ARRIVAL] = "to put its rows",
                                          [HT_STAGE_END] = "to end the half",
-                                         [HT_STAGE_BARRIER] = "(this rank's other blocks)"};
+                                         [HT_STAGE_BARRIER] = "(this rank's other blocks)",
+                                         [HT_STAGE_RAIL] = "to send its message from another domain",
+                                         [HT_STAGE_COME] = "to send what comes from another domain",
+                                         [HT_STAGE_ROOM] = "to make room in its receive ring in another domain",
+                                         [HT_STAGE_STAGED] = "to put up its expert outputs"};
     epx_status_t status = (epx_status_t)r->status;
     unsigned long long half = (unsigned long long)r->sequence, expected = (unsigned long long)r->expected,
                        seen = (unsigned long long)r->seen;
@@ -338,6 +384,10 @@ static void fault_own(ht_cuda_t *h, const ht_host_t *r)
                             "call %llu, %s: its slot may still be written by rank %d, which was given up in call %llu "
                             "but is alive; end its process, or make the buffer with more ll_slots",
                             half, kind, r->peer, expected);
+    else if (r->stage == HT_STAGE_GONE)
+        epx__exchange_fault(h->exchange, status,
+                            "half %llu, %s: rank %d, in another domain, has left or cannot be reached (%s)", half, kind,
+                            r->peer, epx__status_name((epx_status_t)r->seen));
     else if (r->stage == HT_STAGE_OVERFLOW)
         epx__exchange_fault(h->exchange, status, "half %llu, %s: rank %d would receive %llu rows but has room for %llu",
                             half, kind, r->peer, seen, expected);

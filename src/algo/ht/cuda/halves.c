@@ -4,7 +4,7 @@
  *
  * SMs of a call: the caller's `sms`, else the buffer's, else of a GPU's S SMs
  *     dispatch into a lease S / 8, into the caller's memory S / 8 + S / 11 (the second part copies out), combine 2 S /
- * 11; at most S / (ranks on this GPU).
+ * 11; at most S / (ranks on this GPU). Several domains: see rail_host.c.
  */
 #include <string.h>
 
@@ -18,13 +18,14 @@
 
 /* ---- common to all ---- */
 
-static uint64_t mix(uint64_t hash, uint64_t value)
+uint64_t epx__ht_cuda_mix(uint64_t hash, uint64_t value)
 {
     hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
     return hash ^ hash >> 32;
 }
 
-static ht_common_t common(ht_cuda_t *h, enum epx__kind kind, uint32_t generation, uint64_t shape, uint64_t timeout_ms)
+ht_common_t epx__ht_cuda_common(ht_cuda_t *h, enum epx__kind kind, uint32_t generation, uint64_t shape,
+                                uint64_t timeout_ms)
 {
     epx__exchange_t *x = h->exchange;
     return (ht_common_t){.rank = x->rank,
@@ -36,25 +37,18 @@ static ht_common_t common(ht_cuda_t *h, enum epx__kind kind, uint32_t generation
                          .host = h->host,
                          .produced = h->produced,
                          .consumed = h->consumed,
+                         .rails = h->rails,
                          .timeout_ns = (timeout_ms ? timeout_ms : x->config.timeout_ms) * 1000000u,
                          .kind = (uint32_t)kind,
                          .generation = generation,
-                         .shape = mix(shape, kind)};
+                         .shape = epx__ht_cuda_mix(shape, kind)};
 }
 
-/* Where this call runs: device entered, order with the call before (perhaps on another stream). */
-typedef struct scope {
-    ht_cuda_t *h;
-    cudaStream_t stream;
-    int before;
-    bool captured;
-} scope_t;
-
-static epx_status_t scope_open(epx__exchange_t *exchange, epx_stream_t stream, scope_t *s)
+epx_status_t epx__ht_cuda_open(epx__exchange_t *exchange, epx_stream_t stream, epx__ht_scope_t *s)
 {
     ht_cuda_t *h = exchange->impl;
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    *s = (scope_t){.h = h, .stream = (cudaStream_t)stream};
+    *s = (epx__ht_scope_t){.h = h, .stream = (cudaStream_t)stream};
     EPX__TRY(epx__cuda_enter(h->ordinal, &s->before));
     cudaError_t error = cudaStreamIsCapturing(s->stream, &capture);
     s->captured = error == cudaSuccess && capture != cudaStreamCaptureStatusNone;
@@ -67,7 +61,7 @@ static epx_status_t scope_open(epx__exchange_t *exchange, epx_stream_t stream, s
 }
 
 /* `error`: of the launch. */
-static epx_status_t scope_close(scope_t *s, int error, const char *what)
+epx_status_t epx__ht_cuda_close(epx__ht_scope_t *s, int error, const char *what)
 {
     ht_cuda_t *h = s->h;
     if (error == 0 && !s->captured) {
@@ -79,7 +73,7 @@ static epx_status_t scope_close(scope_t *s, int error, const char *what)
     return error == 0 ? EPX_OK : epx__cuda_fail((cudaError_t)error, what);
 }
 
-static uint32_t blocks_of(const ht_cuda_t *h, int asked, uint32_t otherwise)
+uint32_t epx__ht_cuda_blocks(const ht_cuda_t *h, int asked, uint32_t otherwise)
 {
     int sms = asked > 0 ? asked : h->exchange->config.sms;
     uint32_t blocks = sms > 0 ? (uint32_t)sms : otherwise;
@@ -106,7 +100,7 @@ epx_status_t epx__ht_cuda_layout(epx__exchange_t *exchange, const epx_layout_t *
                                  epx_stream_t stream)
 {
     ht_cuda_t *h = exchange->impl;
-    scope_t s;
+    epx__ht_scope_t s;
     ht_layout_t p = {.map = device_map(h, map),
                      .domain_of = h->domain_of,
                      .topk_idx = layout->topk_idx,
@@ -118,7 +112,7 @@ epx_status_t epx__ht_cuda_layout(epx__exchange_t *exchange, const epx_layout_t *
                      .tokens_per_domain = layout->tokens_per_domain,
                      .tokens_per_expert = layout->tokens_per_expert,
                      .in_rank = layout->in_rank};
-    EPX__TRY(scope_open(exchange, stream, &s));
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
     cudaError_t error = cudaSuccess;
     if (p.tokens_per_rank)
         error = cudaMemsetAsync(p.tokens_per_rank, 0, 4ull * p.ranks, s.stream);
@@ -128,7 +122,7 @@ epx_status_t epx__ht_cuda_layout(epx__exchange_t *exchange, const epx_layout_t *
         error = cudaMemsetAsync(p.tokens_per_expert, 0, 4ull * layout->experts, s.stream);
     if (error == cudaSuccess)
         error = (cudaError_t)epx__ht_launch_layout(&p, stream);
-    return scope_close(&s, (int)error, "epx_layout");
+    return epx__ht_cuda_close(&s, (int)error, "epx_layout");
 }
 
 /* ---- begin and counts ---- */
@@ -138,10 +132,11 @@ epx_status_t epx__ht_cuda_begin(epx__exchange_t *exchange, epx__exchange_handle_
     ht_cuda_t *h = exchange->impl;
     const epx_dispatch_t *a = &handle->args;
     ht_record_t *record = &h->records[handle->index];
-    uint64_t shape = mix(mix(mix(1, a->topk), a->experts), (uint64_t)a->topk_idx_bits);
-    scope_t s;
+    uint64_t shape =
+        epx__ht_cuda_mix(epx__ht_cuda_mix(epx__ht_cuda_mix(1, a->topk), a->experts), (uint64_t)a->topk_idx_bits);
+    epx__ht_scope_t s;
     record->slots = handle->slots;
-    ht_begin_t p = {.c = common(h, EPX__KIND_BEGIN, handle->generation, shape, a->timeout_ms),
+    ht_begin_t p = {.c = epx__ht_cuda_common(h, EPX__KIND_BEGIN, handle->generation, shape, a->timeout_ms),
                     .h = *record,
                     .map = device_map(h, &handle->map),
                     .expert_list = handle->map.rank_of ? h->expert_list : NULL,
@@ -160,11 +155,11 @@ epx_status_t epx__ht_cuda_begin(epx__exchange_t *exchange, epx__exchange_handle_
                     .expert_count = h->expert_count,
                     .recv_max_of = h->recv_max_of};
     h->tickets[handle->index] = p.ticket;
-    uint32_t blocks = blocks_of(h, a->sms, BEGIN_BLOCKS_MAX), groups = (a->tokens + 31) / 32;
+    uint32_t blocks = epx__ht_cuda_blocks(h, a->sms, BEGIN_BLOCKS_MAX), groups = (a->tokens + 31) / 32;
     blocks = blocks < BEGIN_BLOCKS_MAX ? blocks : BEGIN_BLOCKS_MAX;
     blocks = blocks < groups ? blocks : groups;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, epx__ht_launch_begin(&p, blocks ? blocks : 1, stream), "launching dispatch_begin");
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
+    return epx__ht_cuda_close(&s, epx__ht_launch_begin(&p, blocks ? blocks : 1, stream), "launching dispatch_begin");
 }
 
 static void take_counts(ht_cuda_t *h, epx__exchange_handle_t *handle)
@@ -240,12 +235,19 @@ static epx_status_t cut_rows(const ht_cuda_t *h, size_t row_bytes, uint32_t side
     return cut->warps ? EPX_OK : too_many_ranks(h);
 }
 
+/* Several domains: by place in the domain, the own one unused. */
+static uint32_t rings_of(const ht_cuda_t *h)
+{
+    const epx__topology_t *t = h->exchange->topology;
+    return h->rails ? (t->per_domain > 1 ? (uint32_t)t->per_domain : 0) : (uint32_t)t->ranks - 1;
+}
+
 /* Rings for peers in the reserve: rows in one, and rows behind a progress word. */
 static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, uint64_t *ring_bytes, uint64_t *rows,
                              uint32_t *batch)
 {
     const epx__exchange_t *x = h->exchange;
-    uint64_t peers = (uint64_t)x->topology->ranks - 1;
+    uint64_t peers = rings_of(h);
     *ring_bytes = peers ? x->layout.reserve_bytes / peers / EPX__ROW_ALIGN * EPX__ROW_ALIGN : 0;
     *rows = epx__place_capacity(shape, *ring_bytes);
     *batch = *rows / 4 < HT_BATCH_LEAST ? (uint32_t)(*rows / 4) : HT_BATCH_LEAST;
@@ -272,7 +274,10 @@ static uint32_t side_bulk(const ht_cuda_t *h, const epx_rows_t *r, const epx__ta
 
 static uint64_t rows_shape(const epx__row_shape_t *s)
 {
-    return mix(mix(mix(mix(mix(2, s->row_bytes), s->side_bytes), s->topk), s->idx_bytes), s->weights);
+    return epx__ht_cuda_mix(
+        epx__ht_cuda_mix(epx__ht_cuda_mix(epx__ht_cuda_mix(epx__ht_cuda_mix(2, s->row_bytes), s->side_bytes), s->topk),
+                         s->idx_bytes),
+        s->weights);
 }
 
 epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t *handle, const epx_rows_t *rows,
@@ -287,7 +292,7 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
                               .idx_bytes = (uint32_t)a->topk_idx_bits / 8,
                               .weights = first && a->topk && a->topk_weights,
                               .src_token = 1};
-    ht_rows_t p = {.c = common(h, EPX__KIND_ROWS, handle->generation, rows_shape(&shape), a->timeout_ms),
+    ht_rows_t p = {.c = epx__ht_cuda_common(h, EPX__KIND_ROWS, handle->generation, rows_shape(&shape), a->timeout_ms),
                    .h = h->records[handle->index],
                    .map = device_map(h, &handle->map),
                    .tokens = a->tokens,
@@ -318,15 +323,19 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
         EPX__TRY(cut_ring(h, &shape, &p.ring_bytes, &p.capacity, &p.batch));
     }
     EPX__TRY(cut_rows(h, rows->row_bytes, p.side_bulk, HT_DEST_BYTES * (size_t)(peers + 1), &p.cut));
-    uint32_t blocks = blocks_of(h, a->sms, target->own ? sms / 8 + sms / 11 : sms / 8);
-    p.send_blocks = blocks;
-    if (target->own && peers) {
-        blocks = blocks < 2 ? 2 : blocks;
-        p.send_blocks = blocks * 4 / 7 ? blocks * 4 / 7 : 1;
+    uint32_t blocks = epx__ht_cuda_blocks(h, a->sms, target->own ? sms / 8 + sms / 11 : sms / 8);
+    if (h->rails)
+        EPX__TRY(epx__ht_cuda_rail_rows(h, a->sms, &shape, &p, &blocks));
+    p.near_blocks = blocks - p.rail_send - p.rail_pull - (h->rails ? 1 : 0);
+    p.send_blocks = p.near_blocks;
+    if (target->own && rings_of(h)) {
+        p.near_blocks = p.near_blocks < 2 ? 2 : p.near_blocks;
+        p.send_blocks = p.near_blocks * 4 / 7 ? p.near_blocks * 4 / 7 : 1;
     }
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, epx__ht_launch_rows(&p, blocks, stream), "launching dispatch_end");
+    blocks = p.near_blocks + p.rail_send + p.rail_pull + (h->rails ? 1 : 0);
+    epx__ht_scope_t s;
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
+    return epx__ht_cuda_close(&s, epx__ht_launch_rows(&p, blocks, stream), "launching dispatch_end");
 }
 
 /* ---- combine ---- */
@@ -361,7 +370,7 @@ static epx_status_t cut_combine(const ht_cuda_t *h, size_t row_bytes, uint32_t s
 }
 
 /* The offset of memory in the window's lease part, 0 elsewhere. */
-static uint64_t in_window(const epx__exchange_t *x, const void *memory, size_t bytes)
+uint64_t epx__ht_cuda_in_window(const epx__exchange_t *x, const void *memory, size_t bytes)
 {
     uint64_t at = (uint64_t)((uintptr_t)memory - (uintptr_t)x->window.base),
              end = x->layout.lease_offset + x->layout.lease_bytes;
@@ -373,11 +382,13 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
 {
     ht_cuda_t *h = exchange->impl;
     const epx_dispatch_t *a = &handle->args;
+    if (h->rails)
+        return epx__ht_cuda_rail_combine(exchange, handle, c, x_offset, stream);
     uint32_t peers = (uint32_t)exchange->topology->ranks - 1, sms = (uint32_t)h->device->sms;
     uint32_t room = handle->worst_case ? a->recv_tokens_max : handle->rows, topk = c->topk_weights ? a->topk : 0;
     epx__row_shape_t ring = {.row_bytes = c->hidden * epx__dtype_bytes(c->dtype), .topk = topk, .weights = topk != 0};
-    uint64_t shape = mix(mix(mix(3, ring.row_bytes), (uint64_t)c->dtype), topk);
-    ht_combine_t p = {.c = common(h, EPX__KIND_COMBINE, handle->generation, shape, c->timeout_ms),
+    uint64_t shape = epx__ht_cuda_mix(epx__ht_cuda_mix(epx__ht_cuda_mix(3, ring.row_bytes), (uint64_t)c->dtype), topk);
+    ht_combine_t p = {.c = epx__ht_cuda_common(h, EPX__KIND_COMBINE, handle->generation, shape, c->timeout_ms),
                       .h = h->records[handle->index],
                       .tokens = a->tokens,
                       .topk = topk,
@@ -392,7 +403,7 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
                       .out_weights = c->out_topk_weights,
                       .ring_offset = exchange->layout.reserve_offset};
     if (topk)
-        p.weights_offset = in_window(exchange, c->topk_weights, 4ull * topk * room);
+        p.weights_offset = epx__ht_cuda_in_window(exchange, c->topk_weights, 4ull * topk * room);
     EPX__TRY(cut_ring(h, &ring, &p.ring_bytes, &p.ring_rows, &p.batch));
     p.ring_weights = epx__place_layout_make(&ring, p.ring_rows).topk_weights;
     EPX__TRY(cut_combine(h, ring.row_bytes, p.h.slots, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.cut, &p.slots_bulk));
@@ -400,16 +411,16 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
     EPX__TRY(cut_rows(h, ring.row_bytes, 0, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.push_cut));
     p.threads = 32 * (p.cut.warps > p.push_cut.warps ? p.cut.warps : p.push_cut.warps) + 32;
     p.shared_bytes = p.cut.total_bytes > p.push_cut.total_bytes ? p.cut.total_bytes : p.push_cut.total_bytes;
-    uint32_t blocks = blocks_of(h, c->sms, 2 * sms / 11);
+    uint32_t blocks = epx__ht_cuda_blocks(h, c->sms, 2 * sms / 11);
     bool push_x = p.x_offset == 0, push_weights = topk && p.weights_offset == 0;
     if (peers && (push_x || push_weights)) {
         blocks = blocks < 2 ? 2 : blocks;
         p.push_blocks = push_x ? blocks / 3 : 1;
         p.push_blocks = p.push_blocks ? p.push_blocks : 1;
     }
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, epx__ht_launch_combine(&p, blocks, stream), "launching combine");
+    epx__ht_scope_t s;
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
+    return epx__ht_cuda_close(&s, epx__ht_launch_combine(&p, blocks, stream), "launching combine");
 }
 
 /* ---- barrier and check ---- */
@@ -417,10 +428,10 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
 epx_status_t epx__ht_cuda_barrier(epx__exchange_t *exchange, epx_stream_t stream)
 {
     ht_cuda_t *h = exchange->impl;
-    ht_common_t c = common(h, EPX__KIND_BARRIER, 0, 0, 0);
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
-    return scope_close(&s, epx__ht_launch_barrier(&c, stream), "launching a barrier");
+    ht_common_t c = epx__ht_cuda_common(h, EPX__KIND_BARRIER, 0, 0, 0);
+    epx__ht_scope_t s;
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
+    return epx__ht_cuda_close(&s, epx__ht_launch_barrier(&c, stream), "launching a barrier");
 }
 
 /* Two halves: each slot of every mailbox. Waits on the host. */
@@ -428,14 +439,14 @@ epx_status_t epx__ht_cuda_check(epx__exchange_t *exchange, uint8_t *works)
 {
     ht_cuda_t *h = exchange->impl;
     int ranks = exchange->topology->ranks;
-    ht_check_t p = {.c = common(h, EPX__KIND_CHECK, 0, 0, 0), .works = h->works};
-    scope_t s;
+    ht_check_t p = {.c = epx__ht_cuda_common(h, EPX__KIND_CHECK, 0, 0, 0), .works = h->works};
+    epx__ht_scope_t s;
     memset(h->works, 0, sizeof *h->works * (size_t)ranks);
-    EPX__TRY(scope_open(exchange, h->device->stream, &s));
+    EPX__TRY(epx__ht_cuda_open(exchange, h->device->stream, &s));
     int error = epx__ht_launch_check(&p, h->device->stream);
     if (error == 0)
         error = epx__ht_launch_check(&p, h->device->stream);
-    EPX__TRY(scope_close(&s, error, "launching a check"));
+    EPX__TRY(epx__ht_cuda_close(&s, error, "launching a check"));
     cudaError_t waited = cudaStreamSynchronize(h->device->stream);
     if (waited != cudaSuccess)
         return epx__cuda_fail(waited, "epx_buffer_check");

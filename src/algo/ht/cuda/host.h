@@ -3,6 +3,7 @@
 #define EPX_ALGO_HT_CUDA_HOST_H
 
 #include <cuda_runtime_api.h>
+#include <pthread.h>
 
 #include "algo/exchange.h"
 #include "algo/ht/cuda/ht_cuda.h"
@@ -34,6 +35,18 @@ typedef struct ht_cuda {
     bool *marked;
     uint32_t marks_count;
     atomic_uint bad_seen;
+    /* Several domains; device memory but for the last ones. */
+    ht_rails_t *rails; /* NULL with one domain */
+    char **rail_member;
+    int32_t *rail_rank_of, *rail_index_of;
+    epx_port_channel_t *rail_channels;
+    ht_rail_state_t *rail_state;
+    uint64_t *rail_told, *rail_hands;
+    uint32_t *rail_before;
+    int32_t *try_result; /* pinned: status, peer */
+    pthread_t watcher;
+    bool watching;
+    atomic_bool watch_stop;
 } ht_cuda_t;
 
 epx_status_t epx__ht_cuda_layout(epx__exchange_t *, const epx_layout_t *, const epx__experts_t *, epx_stream_t);
@@ -45,6 +58,33 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *, epx__exchange_handle_t *, c
                                   epx_stream_t);
 epx_status_t epx__ht_cuda_barrier(epx__exchange_t *, epx_stream_t);
 epx_status_t epx__ht_cuda_check(epx__exchange_t *, uint8_t *);
+
+/* halves.c, for rail_host.c */
+/* Where this call runs: device entered, order with the call before (perhaps on another stream). */
+typedef struct epx__ht_scope {
+    ht_cuda_t *h;
+    cudaStream_t stream;
+    int before;
+    bool captured;
+} epx__ht_scope_t;
+epx_status_t epx__ht_cuda_open(epx__exchange_t *exchange, epx_stream_t stream, epx__ht_scope_t *s);
+epx_status_t epx__ht_cuda_close(epx__ht_scope_t *s, int error, const char *what);
+uint64_t epx__ht_cuda_mix(uint64_t hash, uint64_t value);
+ht_common_t epx__ht_cuda_common(ht_cuda_t *h, enum epx__kind kind, uint32_t generation, uint64_t shape,
+                                uint64_t timeout_ms);
+uint32_t epx__ht_cuda_blocks(const ht_cuda_t *h, int asked, uint32_t otherwise);
+uint64_t epx__ht_cuda_in_window(const epx__exchange_t *x, const void *memory, size_t bytes);
+
+/* rail_host.c: several domains. */
+epx_status_t epx__ht_cuda_rails_fill(ht_cuda_t *h); /* the device's table of the ways to other domains */
+/* Collective, when everything is made: tries the channels, starts the thread that tells other domains of failures. */
+epx_status_t epx__ht_cuda_rails_start(ht_cuda_t *h, epx_status_t made);
+void epx__ht_cuda_rails_stop(ht_cuda_t *h);
+/* The blocks of a rows kernel: fills rail_send, rail_pull and the cut; *blocks: all of them. */
+epx_status_t epx__ht_cuda_rail_rows(const ht_cuda_t *h, int asked, const epx__row_shape_t *shape, ht_rows_t *p,
+                                    uint32_t *blocks);
+epx_status_t epx__ht_cuda_rail_combine(epx__exchange_t *, epx__exchange_handle_t *, const epx_combine_t *, size_t,
+                                       epx_stream_t);
 
 /* A kernel's record, or words of a peer, into exchange->fault. Does not wait. */
 void epx__ht_cuda_poll_fault(epx__exchange_t *exchange);

@@ -9,8 +9,10 @@
 #ifndef EPX_ALGO_HT_CUDA_HT_CUDA_H
 #define EPX_ALGO_HT_CUDA_HT_CUDA_H
 
+#include "algo/rail_wire.h"
 #include "plan/routing.h"
 #include "plan/window.h"
+#include <epx/device/port.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -37,7 +39,12 @@ enum ht_stage {
     HT_STAGE_BARRIER,  /* waiting for this kernel's other blocks */
     HT_STAGE_OVERFLOW, /* more rows than room */
     HT_STAGE_OWED,     /* low latency: the peer was given up in the slot's last call and may still write there */
-    HT_STAGE_TOLD      /* a peer told of its failure */
+    HT_STAGE_TOLD,     /* a peer told of its failure */
+    HT_STAGE_RAIL,     /* waiting for the message of the rail in another domain */
+    HT_STAGE_COME,     /* waiting for what comes from another domain */
+    HT_STAGE_ROOM,     /* waiting for credit of the rail */
+    HT_STAGE_STAGED,   /* waiting for rows that the peer stages */
+    HT_STAGE_GONE      /* the rail has left or cannot be reached */
 };
 
 /* In device memory, one per exchange. Kernels of one exchange run one after another. */
@@ -60,6 +67,34 @@ typedef struct ht_host {
     uint64_t sequence, expected, seen, waited_ns;
 } ht_host_t;
 
+/* Another domain's rail: how many chunks have passed before this half, ever (what channels count from), and how far the
+ * keeper is in this one. In device memory. */
+typedef struct ht_rail_state {
+    uint64_t sent_base, freed_base; /* advanced by the last block of a half */
+    uint64_t arrived, freed;        /* the keeper's own, of the half: sequence << 32 | rows; chunks */
+    uint64_t pushed;                /* the sending block's own: sequence << 32 | chunks */
+} ht_rail_state_t;
+
+/* The ways to other domains. In device memory, written once by the host; with one domain there is none. Streams are
+ * numbered member * domains + domain. */
+typedef struct ht_rails {
+    int32_t domains, members, home, index;
+    uint32_t tokens_max;
+    epx__rails_layout_t layout;
+    char *window;                       /* own rails window: host memory */
+    char *const *member;                /* [members] those of the domain */
+    const int32_t *rank_of;             /* [domains][members] */
+    const int32_t *domain_of;           /* [ranks] */
+    const int32_t *index_of;            /* [ranks] */
+    const epx_port_channel_t *channels; /* [domains][EPX__RAIL_CHANNELS] */
+    ht_rail_state_t *state;             /* [domains] */
+    uint64_t *told;                     /* [members][domains] keeper: taken, as told */
+    uint64_t *hands;                    /* [members * domains][HT_HANDS] rows each hand has done of a stream */
+    uint32_t *before;                   /* [domains][groups_max] scratch of begin */
+} ht_rails_t;
+
+#define HT_HANDS 64u /* blocks that share a stream, at most */
+
 /* What every kernel gets. */
 typedef struct ht_common {
     int32_t rank, ranks;
@@ -70,6 +105,7 @@ typedef struct ht_common {
     ht_host_t *host;
     uint32_t *produced; /* [ranks][HT_WORDS] rows put towards that peer, of a batch under way; 0 when it is complete */
     uint32_t *consumed; /* likewise: rows taken */
+    const ht_rails_t *rails; /* device; NULL with one domain */
     uint64_t timeout_ns;
     uint32_t kind, generation;
     uint64_t shape;
@@ -85,6 +121,15 @@ typedef struct ht_record {
     int32_t *src_token;          /* [src_rows] */
     uint64_t src_rows;
     uint32_t slots;
+    /* Several domains. */
+    int32_t *cross_count; /* [domains] my tokens that go there */
+    int32_t *cross_token; /* [domains][tokens_max] which, ascending */
+    int32_t *cross_at;    /* [domains][tokens_max] and back: place of a token among them, -1 */
+    int32_t *in_count;    /* [members][domains] tokens of (d, i) that come to my domain */
+    int32_t *pull_row;    /* [ranks][tokens_max] my rows of each source elsewhere: place in its crossing */
+    int32_t *pull_token;  /* the same: its token */
+    int32_t *sum_row;     /* [domains][tokens_max][members] of my rails' tokens: row at each member, -1 */
+    int32_t *sum_first;   /* [domains][members] first row of my rail there at each member */
     /* Pinned host memory. `ticket` is written last, with the number that this begin was launched with. */
     uint64_t *ticket;
     int32_t *host_matrix, *host_tokens, *host_experts;
@@ -139,6 +184,9 @@ typedef struct ht_rows {
     uint64_t ring_bytes;
     epx_place_t place; /* final arrays */
     uint64_t tail_to;  /* rows of the place: ids behind the last row are set to -1; 0: no tail */
+    /* Several domains: after the near_blocks of the domain come rail_send, rail_pull and one keeper. */
+    uint32_t near_blocks, rail_send, rail_pull;
+    epx__rail_cut_t rail_cut;
 } ht_rows_t;
 
 typedef struct ht_combine {
@@ -160,6 +208,29 @@ typedef struct ht_combine {
     /* rings in my reserve, one per peer in rank order */
     uint64_t ring_offset, ring_bytes, ring_rows, ring_weights;
 } ht_combine_t;
+
+/* Combine with several domains: blocks stage, sum for rails, add for the owner, and one keeper, in this order. */
+typedef struct ht_rail_combine {
+    ht_common_t c;
+    ht_record_t h;
+    uint32_t tokens, topk;
+    uint32_t stage_blocks, rail_blocks, owner_blocks;
+    uint32_t shared_bytes;
+    int dtype;
+    uint64_t row_bytes, x_stride;
+    const char *x;
+    uint64_t x_offset;    /* in the window; 0: elsewhere, staged */
+    const float *weights; /* or NULL */
+    uint64_t weights_offset;
+    const char *bias[2];
+    char *out;
+    float *out_weights;
+    /* rings in the own reserve, one per (reader, domain); the readers cut theirs alike */
+    uint64_t ring_offset, ring_bytes, ring_rows, ring_weights;
+    epx__rail_cut_t cut;
+} ht_rail_combine_t;
+
+#define HT_LENDER_BYTES 64u
 
 typedef struct ht_check {
     ht_common_t c;
@@ -188,6 +259,22 @@ int epx__ht_launch_layout(const ht_layout_t *p, void *stream);
 int epx__ht_load_begin(void *stream);
 int epx__ht_load_rows(uint32_t shared_bytes, void *stream);
 int epx__ht_load_combine(uint32_t shared_bytes, void *stream);
+int epx__ht_load_rail_combine(uint32_t shared_bytes, void *stream);
+int epx__ht_load_try(void *stream);
+
+/* rail_combine.cu */
+int epx__ht_launch_rail_combine(const ht_rail_combine_t *p, uint32_t blocks, void *stream);
+/* rail.cu: one add to the rails' barrier words on every channel, and wait for theirs: connects what connects late. */
+typedef struct ht_try {
+    const ht_rails_t *rails;
+    uint32_t memory;         /* number of the host block as a memory of the channels */
+    const uint64_t *barrier; /* the block's barrier words, a line each, by rank * channels + channel */
+    uint64_t barrier_offset; /* of the first in the block */
+    int32_t rank;
+    int32_t *status; /* pinned host memory: epx_status_t, and */
+    int32_t *peer;   /* whom it is about */
+} ht_try_t;
+int epx__ht_launch_try(const ht_try_t *p, void *stream);
 
 #ifdef __cplusplus
 }

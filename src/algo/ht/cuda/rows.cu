@@ -8,11 +8,13 @@
  *
  * Into a lease nothing else is needed: the last block tells the peers that all is written. Into the caller's memory the
  * rows of peers pass through a lease or ring in the window: the sender publishes a progress word a batch, copying
- * blocks take the rows out as they come (flow.cuh). Own rows go straight to their place.
+ * blocks take the rows out as they come (flow.cuh). Own rows go straight to their place. What crosses to other domains
+ * and comes from there is for further blocks (rail_rows.cuh).
  */
 #include <cuda_runtime.h>
 
 #include "algo/ht/cuda/flow.cuh"
+#include "algo/ht/cuda/rail_rows.cuh"
 
 /* Where rows for one rank go. Pointers that are NULL: that part is dropped. */
 typedef struct ht_dest {
@@ -59,7 +61,8 @@ EPX__DEVICE void place_pointers(const epx__row_shape_t &shape, char *base, uint6
 /* Ring (or place) of the i-th peer in this rank's window. */
 EPX__DEVICE uint64_t ring_offset(const ht_rows_t &p, int peer)
 {
-    return p.place_offset + (p.direct ? 0 : p.ring_bytes * (uint64_t)(peer < p.c.rank ? peer : peer - 1));
+    int place = p.c.rails ? p.c.rails->index_of[peer] : peer < p.c.rank ? peer : peer - 1;
+    return p.place_offset + (p.direct ? 0 : p.ring_bytes * (uint64_t)place);
 }
 
 /* Words of the message, after the shape. */
@@ -69,7 +72,7 @@ EPX__DEVICE void publish_places(const ht_rows_t &p, uint64_t n, uint64_t consume
 {
     const ht_common_t &c = p.c;
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
-        if (r == c.rank)
+        if (!ht_neighbour(c, r))
             continue;
         uint64_t words[WORDS] = {c.shape, ring_offset(p, r), p.capacity | p.direct << 40 | (uint64_t)p.batch << 41};
         if (!ht_post_packets(c, n, r, r == (int)threadIdx.x ? consumed : 0, words, WORDS))
@@ -90,6 +93,10 @@ EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
         d->src = (char *)(p.own ? p.h.src_token : p.place.src_token);
         d->ring = d->batch = 0;
         d->room = UINT64_MAX;
+        return true;
+    }
+    if (!ht_near(c, r)) { /* never looked up */
+        *d = ht_dest_t{};
         return true;
     }
     uint64_t words[WORDS];
@@ -116,8 +123,9 @@ typedef struct ht_item {
 
 /* Lane's destination of one token. */
 typedef struct ht_aim {
-    int32_t rank, row; /* -1: none */
+    int32_t rank, row; /* rank -1: none, nor any in later slots; AIM_FAR: in another domain */
 } ht_aim_t;
+#define AIM_FAR (-2)
 
 EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint32_t token, uint32_t slot)
 {
@@ -126,8 +134,16 @@ EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint32_t token, uint32_t slot)
     if (slot < p.h.slots && token < p.tokens) {
         a.rank = __ldg(&p.h.dst_rank[i]);
         a.row = __ldg(&p.h.dst_row[i]);
+        if (p.c.rails && a.rank >= 0 && !ht_near(p.c, a.rank))
+            a.rank = AIM_FAR;
     }
     return a;
+}
+
+/* Lane: is this token's row to be loaded? Places behind the first 32 may name near ranks where these are all far. */
+EPX__DEVICE bool aimed(const ht_rows_t &p, ht_aim_t a)
+{
+    return a.rank >= 0 || (p.h.slots > 32 && a.rank != -1);
 }
 
 EPX__DEVICE uint32_t chunk_bytes_of(const ht_rows_t &p, uint32_t chunk)
@@ -261,6 +277,8 @@ EPX__DEVICE void send_ids_aside(const ht_rows_t &p, const ht_dest_t *dests)
         ht_choice_t c = choice_at(p, t, lane % lanes);
         for (uint32_t slot = 0; slot < p.h.slots; slot++) {
             ht_aim_t a = aim_at(p, t, slot);
+            if (a.rank == AIM_FAR)
+                continue;
             if (a.rank < 0)
                 break;
             send_ids(p, dests[a.rank], dest_row(dests[a.rank], a.row), t, a.rank, c);
@@ -335,7 +353,7 @@ EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_sender_t &x, const ht_st
 {
     for (uint32_t at = 32; at < p.h.slots; at += 32) {
         ht_aim_t a = aim_at(p, item.token, at + x.lane);
-        if (!__any_sync(0xffffffffu, a.rank >= 0))
+        if (!__any_sync(0xffffffffu, a.rank != -1))
             break;
         if (!send_to(p, x, s, i, item, a, c))
             return false;
@@ -364,10 +382,10 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
     uint32_t i = 0;
     bool ok = true;
     while (item.token < p.tokens && ok) {
-        bool used = __any_sync(0xffffffffu, a.rank >= 0) != 0, last = !used || item.chunk + 1 == p.cut.chunks;
+        bool used = __any_sync(0xffffffffu, aimed(p, a)) != 0, last = !used || item.chunk + 1 == p.cut.chunks;
         uint32_t then = i + 1 == p.cut.stages ? 0 : i + 1;
         ht_item_t ahead = {last ? item.token + x.warps : item.token, last ? 0 : item.chunk + 1};
-        bool loading = last ? __any_sync(0xffffffffu, next.rank >= 0) != 0 : true;
+        bool loading = last ? __any_sync(0xffffffffu, aimed(p, next)) != 0 : true;
         if (then != i && loading)
             send_ahead(p, x, s, then, ahead);
         if (used) {
@@ -410,6 +428,8 @@ EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uin
     uint32_t token = warp * p.send_blocks + blockIdx.x + i * p.send_blocks * p.cut.warps;
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_aim_t a = aim_at(p, token, slot);
+        if (a.rank == AIM_FAR)
+            continue;
         if (a.rank < 0)
             break;
         const ht_dest_t &d = x.dests[a.rank];
@@ -446,7 +466,7 @@ __device__ bool copy_flow(const ht_rows_t &p, uint64_t n, int from, ht_flow_t *f
     ht_dest_t d;
     place_pointers(p.row_shape, c.window + ring_offset(p, from), p.capacity, &d);
     f->peer = from;
-    f->rows = (uint32_t)p.h.matrix[(size_t)from * (uint32_t)c.ranks + (uint32_t)c.rank];
+    f->rows = ht_near(c, from) ? (uint32_t)p.h.matrix[(size_t)from * (uint32_t)c.ranks + (uint32_t)c.rank] : 0;
     f->batch = p.batch;
     f->gate = put_words(c, c.window, from);
     f->gate_lag = 0;
@@ -516,7 +536,7 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
     if (worker) {
         s = stages_init(p.cut, shared);
         a = aim_at(p, x.warp, x.lane);
-        loading = __any_sync(0xffffffffu, a.rank >= 0) != 0;
+        loading = __any_sync(0xffffffffu, aimed(p, a)) != 0;
         if (loading)
             send_ahead(p, x, s, 0, ht_item_t{x.warp, 0}); /* reading one's own x needs nobody's leave */
     }
@@ -542,7 +562,7 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
 
 EPX__DEVICE void copy_block(const ht_rows_t &p, ht_block_t *b, char *shared)
 {
-    uint32_t blocks = gridDim.x - p.send_blocks, block = blockIdx.x - p.send_blocks;
+    uint32_t blocks = p.near_blocks - p.send_blocks, block = blockIdx.x - p.send_blocks;
     if (threadIdx.x / 32 < p.cut.warps) {
         ht_stages_t s = stages_init(p.cut, shared);
         flows_run<ht_rows_t, copy_flow>(p, p.cut, s, b, threadIdx.x / 32 * blocks + block, blocks * p.cut.warps,
@@ -562,10 +582,12 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(cons
         consumed = ld_acquire_sys_u64(&words_at(p.c, p.c.window, (int)threadIdx.x)->consumed);
     if (!ht_enter(p.c, &b))
         return;
-    if (blockIdx.x == 0)
+    if (blockIdx.x == 0 && (!p.c.rails || rail_mail(p.c, b.n)))
         publish_places(p, b.n, consumed);
     if (blockIdx.x < p.send_blocks)
         send_block(p, &b, shared);
+    else if (blockIdx.x >= p.near_blocks)
+        rail_rows_block(p, &b);
     else
         copy_block(p, &b, shared);
     if (p.tail_to)
@@ -582,6 +604,8 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(cons
         good = ht_wait_ends(p.c, &b);
         if (good && p.first)
             copy_sources(p, !p.own, threadIdx.x, blockDim.x);
+        if (good && p.c.rails)
+            rail_rows_end(p);
     }
     ht_leave(p.c, &b, good);
 }

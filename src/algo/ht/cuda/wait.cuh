@@ -48,6 +48,17 @@ EPX__DEVICE uint64_t batch_word(uint64_t n, uint32_t batch)
     return n << HT_WORD_SHIFT | (batch + 1);
 }
 
+/* Is rank r in my domain? Only then its window is mapped here. */
+EPX__DEVICE bool ht_near(const ht_common_t &c, int r)
+{
+    return !c.rails || c.rails->domain_of[r] == c.rails->home;
+}
+/* ... and not myself. */
+EPX__DEVICE bool ht_neighbour(const ht_common_t &c, int r)
+{
+    return r != c.rank && ht_near(c, r);
+}
+
 /* ---- failing ---- */
 
 EPX__DEVICE void post_error(const ht_common_t &c, int to, uint32_t status, int about, uint64_t n)
@@ -89,7 +100,7 @@ static __device__ __noinline__ void ht_fail(const ht_common_t &c, uint64_t n, co
     write_record(c, n, f);
     if (f.stage != HT_STAGE_TOLD) {
         for (int r = 0; r < c.ranks; r++) {
-            if (r != c.rank)
+            if (ht_neighbour(c, r))
                 post_error(c, r, f.status, f.peer, n);
         }
     }
@@ -285,7 +296,7 @@ EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
 EPX__DEVICE void ht_tell_end(const ht_common_t &c, uint64_t n)
 {
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
-        if (r != c.rank)
+        if (ht_neighbour(c, r))
             st_release_sys_u64(&words_at(c, c.peers[r], c.rank)->consumed, n);
     }
 }
@@ -298,7 +309,8 @@ EPX__DEVICE bool ht_wait_ends(const ht_common_t &c, ht_block_t *b)
     for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
         const uint64_t *word = &words_at(c, c.window, r)->consumed, *alarm = alarm_of(c, c.window);
         uint64_t seen = b->n, raised = 0;
-        for (int polls = 0; polls < 64 && r != c.rank; polls++) {
+        bool near = ht_neighbour(c, r);
+        for (int polls = 0; polls < 64 && near; polls++) {
             seen = ld_acquire_sys_u64(word);
             raised = ld_relaxed_sys_u64(alarm);
             if (seen >= b->n || raised)

@@ -1,0 +1,88 @@
+/* The emulated GPU: CPU memory that says it is a GPU's, and the parts of src/device/cuda that the exchange calls. */
+#include <stdlib.h>
+
+#include "base/alloc.h"
+#include "base/env.h"
+#include "base/fail.h"
+#include "device/cuda/cuda_device.h"
+
+static epx_status_t open_device(int ordinal, epx__device_t **device)
+{
+    (void)ordinal;
+    epx__cuda_device_t *d = epx__calloc(1, sizeof *d);
+    if (!d)
+        return epx__fail(EPX_E_NOMEM, "no memory for a device object");
+    const char *sms = getenv("EPX_EMULATE_SMS"), *shared = getenv("EPX_EMULATE_SHARED");
+    d->base.ops = &epx__device_cuda;
+    d->sms = sms ? atoi(sms) : 40;
+    d->major = EMU_BULK ? 9 : 8;
+    d->shared_max = shared ? atoi(shared) : 16384; /* the less, the fewer warps a block */
+    *device = &d->base;
+    return EPX_OK;
+}
+
+static void close_device(epx__device_t *device)
+{
+    epx__free(device);
+}
+
+#define TO_CPU(result, name, arguments, values)                                                                        \
+    static result name arguments                                                                                       \
+    {                                                                                                                  \
+        return epx__device_cpu.name values;                                                                            \
+    }
+TO_CPU(epx_status_t, window_alloc, (epx__device_t * d, size_t bytes, epx__window_t *w), (d, bytes, w))
+TO_CPU(void, window_free, (epx__device_t * d, epx__window_t *w), (d, w))
+TO_CPU(epx_status_t, window_export, (epx__device_t * d, const epx__window_t *w, epx__export_t *e), (d, w, e))
+TO_CPU(epx_status_t, window_map, (epx__device_t * d, const epx__export_t *e, int fd, void **m), (d, e, fd, m))
+TO_CPU(void, window_unmap, (epx__device_t * d, const epx__export_t *e, void *m), (d, e, m))
+TO_CPU(epx_status_t, window_attach, (epx__device_t * d, const epx__export_t *e, void **m), (d, e, m))
+TO_CPU(epx_status_t, copy_in, (epx__device_t * d, void *to, const void *from, size_t bytes), (d, to, from, bytes))
+TO_CPU(epx_status_t, copy_out, (epx__device_t * d, void *to, const void *from, size_t bytes), (d, to, from, bytes))
+TO_CPU(epx_status_t, check_pointer, (epx__device_t * d, const void *p, const char *what), (d, p, what))
+TO_CPU(epx_status_t, host_pin, (epx__device_t * d, void *base, size_t bytes), (d, base, bytes))
+TO_CPU(void, host_unpin, (epx__device_t * d, void *base), (d, base))
+TO_CPU(epx_status_t, words_alloc, (epx__device_t * d, size_t count, uint64_t **words), (d, count, words))
+TO_CPU(void, words_free, (epx__device_t * d, uint64_t *words), (d, words))
+
+const epx__device_ops_t epx__device_cuda = {
+    .name = "cuda",
+    .backend = EPX_BACKEND_CUDA,
+    .open = open_device,
+    .close = close_device,
+    .window_alloc = window_alloc,
+    .window_free = window_free,
+    .window_export = window_export,
+    .window_map = window_map,
+    .window_unmap = window_unmap,
+    .window_attach = window_attach,
+    .copy_in = copy_in,
+    .copy_out = copy_out,
+    .check_pointer = check_pointer,
+    .host_pin = host_pin,
+    .host_unpin = host_unpin,
+    .words_alloc = words_alloc,
+    .words_free = words_free,
+};
+
+const epx__cuda_driver_t *epx__cuda_driver(const char **why)
+{
+    static const epx__cuda_driver_t none;
+    if (why)
+        *why = "an emulated GPU";
+    return &none;
+}
+epx_status_t epx__cuda_fail(cudaError_t error, const char *what)
+{
+    return epx__fail(EPX_E_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+}
+epx_status_t epx__cuda_enter(int ordinal, int *before)
+{
+    *before = ordinal;
+    return EPX_OK;
+}
+void epx__cuda_leave(int ordinal, int before)
+{
+    (void)ordinal;
+    (void)before;
+}

@@ -1,0 +1,35 @@
+#!/bin/bash
+# The kernels of src/algo/ht/cuda without a GPU: built with the host's compiler, run as fibers (emulate.h), and put through
+# tests of tests/gpu, inside a domain and between domains. run.sh BUILD_FOLDER [percent of the iterations]
+# It shows nothing about the memory model or speed: that takes a GPU.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+build=$(cd "$1" && pwd)
+percent=${2:-2}
+out=$build/emulate
+if [ "$(uname -m)" != x86_64 ]; then
+    echo "skipped: fibers are written for x86_64"
+    exit 77
+fi
+mkdir -p "$out"
+"$here/build.sh" "$build" "$out" >"$out/build.log" 2>&1 || {
+    tail -20 "$out/build.log"
+    exit 1
+}
+export EPX_CUDA_DOMAINS=1 EPX_TEST_RANKS_MAX=4 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1}
+failed=0
+run() {
+    echo "== $*"
+    timeout 300 "$@" || failed=1
+}
+run "$out/tests/emulate_domains" loop $((percent * 2))
+EPX_EMULATE_SEED=2 run "$out/tests/emulate_domains" sim:1 "$percent"
+[ -e "$out/lib/libepx_ofi.so" ] && run "$out/tests/emulate_domains" ofi:tcp "$percent"
+export EPX_EMULATE_SHARED=80000 # combine inside a domain takes no less
+run "$out/tests/emulate_graph" 10
+EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp run "$out/tests/emulate_graph" 5
+run "$out/tests/emulate_differential" "" "$percent"
+if [ -e "$out/lib/libepx_ofi.so" ]; then
+    EPX_EMULATE_SMS=80 EPX_TEST_PER_DOMAIN=2 EPX_NET=ofi:tcp run "$out/tests/emulate_differential" "" "$percent"
+fi
+exit $failed
