@@ -36,6 +36,8 @@ typedef struct epx__error_slot {
 typedef struct epx__control {
     uint64_t bell[8];  /* epx__bell_t (CPU) */
     uint64_t alarm[8]; /* [0]: not 0 when some error slot or fault is set. Idempotent: anyone may store 1 */
+    uint64_t waits[8]; /* [0]: 1 + the rank that the owner waits for just now, 0 nobody (CPU). For the words of others
+                          only: who waits for the owner says whom it waits for in turn */
 } epx__control_t;
 
 /* ---- mailboxes: [source][2], written by `source`; slot = sequence & 1 ---- */

@@ -177,6 +177,16 @@ static bool look(void *context)
     return half->last != EPX__STEP_STUCK || epx__alarm_is_up(half->ht->exchange);
 }
 
+static bool named(const char *also, int rank)
+{
+    char name[24];
+    int length = snprintf(name, sizeof name, "rank %d", rank);
+    for (const char *at = also; (at = strstr(at, name)); at += length)
+        if (at[length] == ',' || at[length] == 0)
+            return true;
+    return false;
+}
+
 void epx__blame_rank(epx__blame_t *blame, int rank, const char *stage, uint64_t expected, uint64_t seen)
 {
     if (blame->rank < 0) {
@@ -184,7 +194,7 @@ void epx__blame_rank(epx__blame_t *blame, int rank, const char *stage, uint64_t 
         blame->stage = stage;
         blame->expected = expected;
         blame->seen = seen;
-    } else if (blame->also && rank != blame->rank) {
+    } else if (blame->also && rank != blame->rank && !named(blame->also, rank)) {
         size_t n = strlen(blame->also);
         snprintf(blame->also + n, blame->also_bytes - n, "%s rank %d", n ? "," : "; nor", rank);
     }
@@ -217,6 +227,35 @@ static epx__blame_t find_blame(epx__half_t *half, char *also, size_t also_bytes)
     return blame;
 }
 
+/* Whom this rank waits for, for others to say; -1 nobody. */
+static void say_waiting(epx__half_t *half, int rank)
+{
+    epx__ht_cpu_t *ht = half->ht;
+    epx__control_t *control = (epx__control_t *)(ht->window + ht->exchange->layout.control_offset);
+    if (rank >= 0 || half->waiting)
+        __atomic_store_n(&control->waits[0], (uint64_t)(rank + 1), __ATOMIC_RELAXED);
+    half->waiting = rank >= 0;
+}
+
+/* The rank blamed may be held up itself: "; rank 1 waits for rank 4", as far as this domain's windows say. */
+static void follow(const epx__half_t *half, int rank, char *words, size_t bytes)
+{
+    const epx__ht_cpu_t *ht = half->ht;
+    size_t used = 0;
+    words[0] = 0;
+    for (int hops = 0; hops < 3; hops++) {
+        const epx__control_t *control = NULL;
+        for (int i = 0; i < ht->members; i++)
+            if (ht->peers[i].rank == rank && &ht->peers[i] != ht->self)
+                control = (const epx__control_t *)(ht->peers[i].base + ht->exchange->layout.control_offset);
+        int next = control ? (int)__atomic_load_n(&control->waits[0], __ATOMIC_RELAXED) - 1 : -1;
+        if (next < 0 || next == rank || used + 32 > bytes)
+            return;
+        used += (size_t)snprintf(words + used, bytes - used, "; rank %d waits for rank %d", rank, next);
+        rank = next;
+    }
+}
+
 /* A rank that has destroyed its buffer may have done so since somebody else failed or died. That news is on its way
  * here too, and says more: it gets a moment. */
 static bool patience(epx__half_t *half)
@@ -232,6 +271,7 @@ static epx_status_t check_stuck(epx__half_t *half)
 {
     epx__blame_t blame = find_blame(half, NULL, 0);
     bool dead = epx__bootstrap_dead(half->ht->exchange->bootstrap, blame.rank);
+    say_waiting(half, blame.rank);
     for (int i = 0; blame.rank >= 0 && i < half->ht->members; i++)
         if (half->ht->peers[i].rank == blame.rank && (dead || epx__word_load(&half->ht->peers[i].from_it->closed))) {
             /* It may have done its part since the last look, and only then closed. */
@@ -254,14 +294,15 @@ static epx_status_t check_stuck(epx__half_t *half)
     }
     if (!epx__deadline_passed(&half->deadline))
         return EPX_OK;
-    char also[96] = "";
+    char also[96] = "", chain[112];
     blame = find_blame(half, also, sizeof also);
+    follow(half, blame.rank, chain, sizeof chain);
     return epx__half_fail(half, EPX_E_TIMEOUT, blame.rank,
                           "%s (half %" PRIu64 ") on rank %d waited %.1f s for rank %d: %s (expected %" PRIu64
-                          ", seen %" PRIu64 ")%s",
+                          ", seen %" PRIu64 ")%s%s",
                           half->operation, half->sequence, half->ht->exchange->rank,
                           (double)epx__deadline_waited_ns(&half->deadline) * 1e-9, blame.rank, blame.stage,
-                          blame.expected, blame.seen, also);
+                          blame.expected, blame.seen, also, chain);
 }
 
 static epx_status_t run(epx__half_t *half)
@@ -279,6 +320,8 @@ static epx_status_t run(epx__half_t *half)
                        ? epx__alarm_read(half->ht->exchange, half->sequence)
                        : EPX_OK;
         if (half->last == EPX__STEP_MOVED) {
+            if (half->waiting)
+                say_waiting(half, -1);
             epx__waiter_progress(&half->waiter);
             epx__ht_rails_help(half);
             half->deadline.start_ns = 0;
@@ -311,6 +354,7 @@ epx_status_t epx__half_run(epx__half_t *half, uint64_t timeout_ms)
     ht->self->posted = ht->self->heard = true;
     epx__ht_rails_start(half);
     epx_status_t status = run(half);
+    say_waiting(half, -1);
     if (status != EPX_OK && half->lent) /* the caller may free it as soon as it is told */
         epx__channels_halt(ht->rails->rails->channels);
     epx__ht_rails_end(half);

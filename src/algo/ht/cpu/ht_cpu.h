@@ -87,6 +87,7 @@ struct epx__half {
     epx__step_t last;
     bool looked; /* `last` has not been acted upon */
     uint64_t stuck_polls;
+    bool waiting;             /* the window says for whom */
     uint64_t closed_since_ns; /* a rank that is waited for was seen to have destroyed its buffer; 0: none */
     /* Fill the half's own part of the message to `peer` (and its tail), given zeroed; take what its message says. */
     void (*fill)(epx__half_t *half, epx__ht_peer_t *peer, epx__message_t *message, void *tail);
