@@ -262,8 +262,8 @@ static void dies_while_gathering(void)
     close(fd);
     gather_wait(&all[1]);
     CHECK(seconds_since(start) < 1, "%.2f s", seconds_since(start));
-    gather_wait(&all[0]); /* which waits a little for rank 3, to tell it too */
-    CHECK(seconds_since(start) < 3, "%.2f s", seconds_since(start));
+    gather_wait(&all[0]); /* which waits a little for rank 3, to tell it too, but not for the deadline of 9 s */
+    CHECK(seconds_since(start) < 6, "%.2f s", seconds_since(start));
     for (int rank = 0; rank < 2; rank++)
         expect(&all[rank], EPX_E_PEER, "rank 2 is gone");
     free(all);
