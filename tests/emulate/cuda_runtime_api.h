@@ -1,4 +1,4 @@
-/* As much of the CUDA runtime as src/algo/ht/cuda uses, in host memory. Streams are nothing: a launch has ended when it
+/* As much of the CUDA runtime as the plug-in uses, in host memory. Streams are nothing: a launch has ended when it
  * returns. */
 #ifndef EPX_TEST_CUDA_RUNTIME_API_H
 #define EPX_TEST_CUDA_RUNTIME_API_H
@@ -54,6 +54,13 @@ static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t bytes, cudaS
     memset(p, byte, bytes);
     return cudaSuccess;
 }
+static inline cudaError_t cudaMemset2DAsync(void *p, size_t pitch, int byte, size_t width, size_t height,
+                                            cudaStream_t s)
+{
+    for (size_t row = 0; row < height; row++)
+        cudaMemsetAsync((char *)p + row * pitch, byte, width, s);
+    return cudaSuccess;
+}
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
     (void)s;
@@ -63,6 +70,17 @@ static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flag
 {
     (void)flags;
     *e = NULL;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e)
+{
+    return cudaEventCreateWithFlags(e, 0);
+}
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    (void)from;
+    (void)to;
+    *ms = 0;
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e)

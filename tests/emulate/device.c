@@ -6,15 +6,35 @@
 #include "base/fail.h"
 #include "device/cuda/cuda_device.h"
 
+/*
+ * Multiprocessors. One number: all ranks share a GPU with that many. A list: each rank has a GPU of its own, with one
+ * of them, another one each time, so that every way of dealing out roles occurs.
+ */
+static int choose_sms(int rank, bool *own)
+{
+    static unsigned opened[64];
+    const char *list = getenv("EPX_EMULATE_SMS");
+    int sms[16], count = 0;
+    for (char *end; list && *list && count < 16; list = *end == ',' ? end + 1 : end)
+        sms[count++] = (int)strtol(list, &end, 10);
+    *own = count > 1;
+    if (count == 0)
+        return 40;
+    unsigned before = __atomic_fetch_add(&opened[rank % 64], 1, __ATOMIC_RELAXED);
+    return sms[((unsigned)rank + before) % (unsigned)count];
+}
+
 static epx_status_t open_device(int ordinal, epx__device_t **device)
 {
-    (void)ordinal;
+    int rank = ordinal < 0 ? -1 - ordinal : ordinal; /* of the domain */
+    bool own;
     epx__cuda_device_t *d = epx__calloc(1, sizeof *d);
     if (!d)
         return epx__fail(EPX_E_NOMEM, "no memory for a device object");
-    const char *sms = getenv("EPX_EMULATE_SMS"), *shared = getenv("EPX_EMULATE_SHARED");
+    const char *shared = getenv("EPX_EMULATE_SHARED");
     d->base.ops = &epx__device_cuda;
-    d->sms = sms ? atoi(sms) : 40;
+    d->sms = choose_sms(rank, &own);
+    d->base.ordinal = own ? rank : 0;
     d->major = EMU_BULK ? 9 : 8;
     d->shared_max = shared ? atoi(shared) : 16384; /* the less, the fewer warps a block */
     *device = &d->base;

@@ -1,10 +1,10 @@
 /*
- * Kernels on a CPU, to test their logic where there is no GPU: every CUDA thread is a fiber; all fibers of a grid run
- * in the thread that launched it, turn by turn, each until it waits (a barrier, a warp's collective, a look at a word
- * that others write). A launch returns when the grid has ended. Ranks are threads, proxies are what they always are.
+ * CUDA kernels on the CPU, for tests where there is no GPU: what a kernel sees. README.md says what it shows.
  *
- * What it shows: who waits for whom, indices, barriers that not all threads reach, alignment. What it does not: the
- * memory model, speed. The bulk copy engine is here as late as it may be, which shows waits that are missing.
+ * Every CUDA thread is a fiber; all fibers of a grid run in the OS thread that launched it, in a random order, each
+ * until it meets others (a warp's operation, a barrier) or looks at memory that others write. A launch returns when the
+ * grid has ended. Lanes of a warp meet at each of its operations, threads of a block at each barrier; who does not
+ * come, or comes to another one, ends the program with words.
  */
 #ifndef EPX_TEST_EMULATE_H
 #define EPX_TEST_EMULATE_H
@@ -20,36 +20,73 @@
 #include <functional>
 #include <type_traits>
 
+#include "cuda_runtime_api.h"
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __noinline__ __attribute__((noinline))
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+
 struct emu_dim {
     uint32_t x, y, z;
+};
+struct uint2 {
+    uint32_t x, y;
 };
 struct uint4 {
     uint32_t x, y, z, w;
 };
+static inline uint2 make_uint2(uint32_t x, uint32_t y)
+{
+    return uint2{x, y};
+}
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
 {
-    uint4 v = {x, y, z, w};
-    return v;
+    return uint4{x, y, z, w};
 }
 
 /* What a fiber knows of itself. */
 struct emu_place {
     emu_dim thread, block, block_dim, grid_dim;
 };
-extern thread_local const emu_place *emu_here;
+extern __thread const emu_place *emu_here;
 #define threadIdx (emu_here->thread)
 #define blockIdx (emu_here->block)
 #define blockDim (emu_here->block_dim)
 #define gridDim (emu_here->grid_dim)
 
-[[noreturn]] void emu_die(const char *what, const char *file, int line);
+/* ---- the emulator ---- */
+
+enum emu_op {
+    EMU_NONE,
+    EMU_SHFL,
+    EMU_BALLOT,
+    EMU_MATCH,
+    EMU_ADD,
+    EMU_OR,
+    EMU_SYNCWARP,
+    EMU_BAR,  /* gives of how many threads `value` is not 0 */
+    EMU_NAMED /* barrier number `lane`, of `value` threads */
+};
+
+[[noreturn]] void emu_die(const char *what);
+/* This thread's part in an operation of its warp or block. `lane`: of a shuffle, the source. */
+uint64_t emu_meet(emu_op op, uint64_t value, uint32_t lane, const char *file, int line);
 void emu_yield(void);
 void emu_look(void); /* yields now and then */
-void emu_grid(uint32_t blocks, uint32_t threads, size_t shared_bytes, void (*run)(void *), void *context);
-void *emu_shared(const char *file, int line, size_t bytes); /* this block's variable of that place; zeroed */
-char *emu_dynamic(void);
 
-/* The bulk copy engine. A barrier's word: parity of its phase, 2 when expect has come, bytes still to come << 32. */
+/* A relaxed store waits in a buffer of its block and comes out in a random order (at one address: in its own), until a
+ * release or fence of the block, or the end of the grid: what leans on an order that nobody asked for, fails. */
+void emu_store(void *to, const void *value, uint32_t bytes); /* 8 or 16 */
+void emu_drain(void);                                        /* all of this block's */
+void emu_settle(const void *p);                              /* those to the 16 bytes around p */
+
+/* The bulk copy engine, as late as it may be: a load happens when its barrier is looked at, a store when its thread
+ * waits. A barrier's word: parity of its phase, 2 when expect has come, bytes still to come << 32. */
 void emu_expect(uint64_t *bar, uint32_t bytes);
 bool emu_try_wait(uint64_t *bar, uint32_t parity);
 void emu_bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *bar);
@@ -57,22 +94,24 @@ void emu_bulk_store(void *global, const void *shared, uint32_t bytes);
 void emu_bulk_commit(void);
 void emu_bulk_wait(size_t groups_left);
 
-/* Collectives: all living threads of the block (warp) come to the same place. Returns how many hold `value`. */
-uint32_t emu_block(uint32_t value, const char *file, int line);
-typedef struct emu_warp_view {
-    uint32_t live;
-    uint64_t value[32];
-} emu_warp_view;
-const emu_warp_view *emu_warp(uint64_t value, const char *file, int line);
-uint32_t emu_ballot(bool value, const char *file, int line);
+/* A variable in shared memory: each block's own, poisoned at first. One object for each declaration (kernels.sed). */
+void *emu_shared_at(const void *variable, size_t bytes);
+char *emu_dynamic(void);
+template <typename T>
+struct emu_shared {
+    char unused; /* its address tells one variable from another */
+    T &here()
+    {
+        return *(T *)emu_shared_at(this, sizeof(T));
+    }
+};
 
 /* Now, or into the graph that this thread captures. */
 void emu_start(uint32_t blocks, uint32_t threads, size_t shared, std::function<void()> run);
 
 template <typename F>
-void emu_launch(uint32_t blocks, uint32_t threads, size_t shared, void *stream, F f)
+void emu_launch(uint32_t blocks, uint32_t threads, size_t shared, void *, F f)
 {
-    (void)stream;
     emu_start(blocks, threads, shared, f);
 }
 template <typename P>
@@ -82,44 +121,107 @@ int emu_launch_as(const void *kernel, uint32_t blocks, uint32_t threads, void **
     emu_launch(blocks, threads, shared, stream, [=] { ((void (*)(const P))kernel)(p); });
     return 0;
 }
+#define cudaLaunchKernel(...) emu_launch_as<ht_combine_t>(__VA_ARGS__) /* one kernel is launched so */
 #define dim3(n) (n)
 
-#define __global__ static
-#define __device__
-#define __host__
-#define __noinline__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __grid_constant__
-#define __align__(n)
+/* ---- barriers and warps ---- */
 
-#define __syncthreads() ((void)emu_block(1, __FILE__, __LINE__))
-#define __syncthreads_and(v) (emu_block(!(v), __FILE__, __LINE__) == 0)
-#define __syncthreads_count(v) emu_block((v) ? 1 : 0, __FILE__, __LINE__)
-#define __syncwarp(...) ((void)emu_warp(0, __FILE__, __LINE__))
-#define __ballot_sync(m, v) emu_ballot(v, __FILE__, __LINE__)
-#define __any_sync(m, v) (emu_ballot(v, __FILE__, __LINE__) != 0)
-#define __all_sync(m, v) (emu_ballot(!(v), __FILE__, __LINE__) == 0)
+#define EMU_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+static inline void __syncthreads(EMU_WHERE)
+{
+    emu_meet(EMU_BAR, 1, 0, file, line);
+}
+static inline int __syncthreads_count(bool is, EMU_WHERE)
+{
+    return (int)emu_meet(EMU_BAR, is, 0, file, line);
+}
+static inline int __syncthreads_or(bool is, EMU_WHERE)
+{
+    return emu_meet(EMU_BAR, is, 0, file, line) != 0;
+}
+static inline int __syncthreads_and(bool is, EMU_WHERE)
+{
+    return emu_meet(EMU_BAR, !is, 0, file, line) == 0;
+}
+static inline void __syncwarp(uint32_t = 0xffffffffu, EMU_WHERE)
+{
+    emu_meet(EMU_SYNCWARP, 0, 0, file, line);
+}
+static inline uint32_t __ballot_sync(uint32_t, bool is, EMU_WHERE)
+{
+    return (uint32_t)emu_meet(EMU_BALLOT, is, 0, file, line);
+}
+static inline int __any_sync(uint32_t, bool is, EMU_WHERE)
+{
+    return emu_meet(EMU_BALLOT, is, 0, file, line) != 0;
+}
+static inline int __all_sync(uint32_t, bool is, EMU_WHERE)
+{
+    return emu_meet(EMU_BALLOT, is, 0, file, line) == 0xffffffffu;
+}
 template <typename T>
-T emu_shfl(T value, uint32_t lane, const char *file, int line)
+static inline uint64_t emu_raw(T value)
 {
     uint64_t raw = 0;
     memcpy(&raw, &value, sizeof value);
-    raw = emu_warp(raw, file, line)->value[lane % 32];
+    return raw;
+}
+template <typename T>
+static inline T emu_shuffle(T value, uint32_t lane, const char *file, int line)
+{
+    uint64_t raw = emu_meet(EMU_SHFL, emu_raw(value), lane % 32, file, line);
     memcpy(&value, &raw, sizeof value);
     return value;
 }
-#define __shfl_sync(m, v, lane) emu_shfl(v, (uint32_t)(lane), __FILE__, __LINE__)
-#define __shfl_up_sync(m, v, d)                                                                                        \
-    emu_shfl(v, threadIdx.x % 32 >= (d) ? threadIdx.x % 32 - (d) : threadIdx.x % 32, __FILE__, __LINE__)
-#define __popc(v) __builtin_popcount(v)
-#define __ffs(v) __builtin_ffs(v)
-#define __ldg(p) (*(p))
-#define __ldcg(p) (*(const volatile std::remove_cv_t<std::remove_pointer_t<decltype(p)>> *)(p))
+template <typename T>
+static inline T __shfl_sync(uint32_t, T value, int lane, EMU_WHERE)
+{
+    return emu_shuffle(value, (uint32_t)lane, file, line);
+}
+template <typename T>
+static inline T __shfl_xor_sync(uint32_t, T value, int bits, EMU_WHERE)
+{
+    return emu_shuffle(value, threadIdx.x % 32 ^ (uint32_t)bits, file, line);
+}
+template <typename T>
+static inline T __shfl_up_sync(uint32_t, T value, uint32_t by, EMU_WHERE)
+{
+    uint32_t lane = threadIdx.x % 32;
+    return emu_shuffle(value, lane < by ? lane : lane - by, file, line);
+}
+template <typename T>
+static inline T __shfl_down_sync(uint32_t, T value, uint32_t by, EMU_WHERE)
+{
+    uint32_t lane = threadIdx.x % 32;
+    return emu_shuffle(value, lane + by > 31 ? lane : lane + by, file, line);
+}
+template <typename T>
+static inline uint32_t __match_any_sync(uint32_t, T value, EMU_WHERE)
+{
+    return (uint32_t)emu_meet(EMU_MATCH, emu_raw(value), 0, file, line);
+}
+static inline uint32_t __reduce_add_sync(uint32_t, uint32_t value, EMU_WHERE)
+{
+    return (uint32_t)emu_meet(EMU_ADD, value, 0, file, line);
+}
+static inline uint32_t __reduce_or_sync(uint32_t, uint32_t value, EMU_WHERE)
+{
+    return (uint32_t)emu_meet(EMU_OR, value, 0, file, line);
+}
 #define __nanosleep(n) emu_yield()
 #define __threadfence_block() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-#define __threadfence_system() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+#define __threadfence_system() emu_drain()
+
+/* ---- numbers, memory ---- */
+
+#define __popc(v) __builtin_popcount(v)
+#define __popcll(v) __builtin_popcountll(v)
+#define __ffs(v) __builtin_ffs(v)
 #define __fadd_rn(a, b) ((a) + (b))
+#define __fmul_rn(a, b) ((a) * (b))
+#define __ldg(p) (*(p))
+#define __ldcg(p) (*(const volatile std::remove_cv_t<std::remove_pointer_t<decltype(p)>> *)(p))
 
 static inline float __uint_as_float(uint32_t v)
 {
@@ -133,26 +235,33 @@ static inline uint32_t __float_as_uint(float f)
     memcpy(&v, &f, sizeof v);
     return v;
 }
+
+/* ---- atomics ---- */
+
 template <typename T, typename U>
-T atomicAdd(T *p, U v)
+static inline T atomicAdd(T *p, U v)
 {
+    emu_settle(p);
     return __atomic_fetch_add(p, (T)v, __ATOMIC_RELAXED);
 }
 template <typename T, typename U>
-T atomicOr(T *p, U v)
+static inline T atomicOr(T *p, U v)
 {
     emu_look();
+    emu_settle(p);
     return __atomic_fetch_or(p, (T)v, __ATOMIC_RELAXED);
 }
 template <typename T, typename U>
-T atomicExch(T *p, U v)
+static inline T atomicExch(T *p, U v)
 {
+    emu_settle(p);
     return __atomic_exchange_n(p, (T)v, __ATOMIC_RELAXED);
 }
 template <typename T, typename U>
-T atomicCAS(T *p, U expected, U desired)
+static inline T atomicCAS(T *p, U expected, U desired)
 {
     T was = expected;
+    emu_settle(p);
     __atomic_compare_exchange_n(p, &was, (T)desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return was;
 }

@@ -1,21 +1,10 @@
 #!/bin/bash
-# The kernels of src/algo/ht/cuda without a GPU: built with the host's compiler, run as fibers (emulate.h), and put through
-# tests of tests/gpu, inside a domain and between domains. run.sh BUILD_FOLDER [percent of the iterations]
-# It shows nothing about the memory model or speed: that takes a GPU.
+# The kernels of src/algo/ht/cuda as fibers (README.md), put through tests of tests/gpu, inside a domain and between
+# domains: run.sh BUILD_FOLDER [percent of the iterations]
 set -u
-here=$(cd "$(dirname "$0")" && pwd)
 build=$(cd "$1" && pwd)
 percent=${2:-2}
 out=$build/emulate
-if [ "$(uname -m)" != x86_64 ]; then
-    echo "skipped: fibers are written for x86_64"
-    exit 77
-fi
-mkdir -p "$out"
-"$here/build.sh" "$build" "$out" >"$out/build.log" 2>&1 || {
-    tail -20 "$out/build.log"
-    exit 1
-}
 export EPX_CUDA_DOMAINS=1 EPX_TEST_RANKS_MAX=4 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1}
 failed=0
 run() {

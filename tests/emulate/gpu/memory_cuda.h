@@ -1,4 +1,5 @@
 /* Instead of tests/gpu/memory_cuda.h: host memory for an emulated GPU, and graphs. */
+#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,16 +25,14 @@ __attribute__((unused)) static void *emu_graph(int what, void *graph)
     return call(what, graph);
 }
 
-typedef void *cudaStream_t, *cudaGraph_t, *cudaGraphExec_t;
-enum { cudaStreamCaptureModeThreadLocal };
+typedef void *cudaGraph_t, *cudaGraphExec_t;
 #define GPU_CHECK(call) ((void)(call))
-#define cudaStreamBeginCapture(stream, mode) emu_graph(0, NULL)
-#define cudaStreamEndCapture(stream, graph) (*(graph) = emu_graph(1, NULL))
+#define cudaStreamBeginCapture(stream, mode) ((void)(stream), emu_graph(0, NULL))
+#define cudaStreamEndCapture(stream, graph) ((void)(stream), *(graph) = emu_graph(1, NULL))
 #define cudaGraphInstantiate(exec, graph, flags) (*(exec) = (graph))
 #define cudaGraphDestroy(graph) 0
 #define cudaGraphUpload(exec, stream) 0
 #define cudaGraphLaunch(exec, stream) emu_graph(2, exec)
-#define cudaStreamSynchronize(stream) 0
 
 static void *emu_alloc(size_t bytes)
 {

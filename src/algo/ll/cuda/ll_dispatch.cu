@@ -489,8 +489,6 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_dispatch_kernel(const __grid
         spread<fp8>(p, h, x);
 }
 
-#if defined(__CUDACC__) /* tests/emulate launches them in its own way */
-
 typedef void (*ll_kernel_t)(ll_dispatch_t);
 
 static ll_kernel_t kernel_of(bool fp8, bool large)
@@ -520,5 +518,3 @@ extern "C" int epx__ll_load_dispatch(void *stream)
     }
     return (int)cudaGetLastError();
 }
-
-#endif

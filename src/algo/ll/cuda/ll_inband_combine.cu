@@ -369,8 +369,6 @@ __global__ void __launch_bounds__(WARPS(by_rank) * 32, 1) ll_inband_combine(cons
         add<by_rank>(p, e);
 }
 
-#if defined(__CUDACC__) /* tests/emulate launches them in its own way */
-
 extern "C" int epx__ll_launch_inband_combine(const ll_combine_t *p, uint32_t blocks, void *stream)
 {
     if (p->by_rank)
@@ -388,5 +386,3 @@ extern "C" int epx__ll_load_inband_combine(void *stream)
     nothing.by_rank = 1;
     return error ? error : epx__ll_launch_inband_combine(&nothing, 1, stream);
 }
-
-#endif

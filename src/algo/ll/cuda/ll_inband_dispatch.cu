@@ -181,8 +181,6 @@ __global__ void __launch_bounds__(LL_INBAND_THREADS, 1) ll_inband_dispatch(const
         receive<fp8>(p, e, x, takes);
 }
 
-#if defined(__CUDACC__) /* tests/emulate launches them in its own way */
-
 extern "C" int epx__ll_launch_inband_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes,
                                               void *stream)
 {
@@ -211,5 +209,3 @@ extern "C" int epx__ll_load_inband_dispatch(void *stream)
     }
     return 0;
 }
-
-#endif

@@ -1,2 +1,0 @@
-/* What a kernel sees. See emulate.h. */
-#include "emulate.h"
