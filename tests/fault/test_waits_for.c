@@ -32,7 +32,8 @@ static void body(xt_rank_t *self)
     if (good && self->rank != 2) {
         epx_status_t status = epx_dispatch_begin(buffer, &d, NULL, &handle);
         const char *words = epx_error_detail();
-        XT_CHECK(self, status == (self->rank == 1 ? EPX_E_TIMEOUT : EPX_E_PEER), "%s: %s", epx_status_name(status), words);
+        XT_CHECK(self, status == (self->rank == 1 ? EPX_E_TIMEOUT : EPX_E_PEER), "%s: %s", epx_status_name(status),
+                 words);
         XT_CHECK(self, strstr(words, "for rank 0: its message") && strstr(words, "; rank 0 waits for rank 2"), "%s",
                  words);
     }
