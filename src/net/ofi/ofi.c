@@ -62,9 +62,12 @@ static epx_status_t open_parts(ofi_t *self, const epx__net_config_t *config)
     return EPX_OK;
 }
 
-/* Is a transfer under way, or a peer lost? Closing such an endpoint makes tcp;ofi_rxm of libfabric 1.17 crash. */
+/* Is a transfer under way, or a peer lost? Closing such an endpoint makes tcp;ofi_rxm of libfabric 1.17 crash; and
+ * verbs;ofi_rxm of that version any that was ever connected, as soon as its peers close theirs. */
 static bool unsafe_to_close(const ofi_t *self)
 {
+    if (self->peer_count && strstr(self->info->fabric_attr->prov_name, "verbs") && fi_version() <= FI_VERSION(1, 17))
+        return true;
     bool lost = self->puts > 0 || self->net.unclean;
     for (uint32_t i = 0; i < self->peer_count; i++)
         lost |= self->peers[i].dead;
