@@ -346,6 +346,46 @@ static void test_leave(void)
         net_world_run(2, &config, 4096, leave_body, NULL);
 }
 
+/* ---- a peer that leaves, and whose endpoint is gone before its bye is read ---- */
+
+static atomic_int met, gone;
+
+static void unread_body(net_rank_t *self)
+{
+    const epx_port_channel_t *channel = net_port(self, 1 - self->rank, 0);
+    epx__deadline_t deadline = epx__deadline_ms(timeout_ms);
+    CHECK(epx_port_signal(channel) == EPX_OK, "%s: a first signal", spec);
+    bool told = false; /* both are connected: each has the other's signal, and the credit for its own */
+    while (atomic_load(&met) < 2 && !epx__deadline_passed(&deadline)) {
+        epx__channels_help(self->channels);
+        if (!told && epx_port_reached(channel->signals, 1) && epx__channels_applied(channel)) {
+            told = true;
+            atomic_fetch_add(&met, 1);
+        }
+    }
+    if (self->rank == 1) {
+        epx__channels_destroy(self->channels);
+        self->channels = NULL;
+        atomic_store(&gone, 1);
+        return;
+    }
+    CHECK(epx_port_signal(channel) == EPX_OK, "%s: a second signal", spec);
+    while (!atomic_load(&gone))
+        epx_host_wait_turn(2000);
+    while (*channel->fault == 0 && !epx__deadline_passed(&deadline))
+        epx__channels_help(self->channels); /* puts the signal, then reads the bye */
+    CHECK(*channel->fault == EPX_E_PEER, "%s: %d: %s", spec, (int)*channel->fault, self->channels->words);
+}
+
+static void test_unread(void)
+{
+    epx__channels_config_t config = plain(1, 32, 64);
+    config.no_threads = true;
+    atomic_store(&met, 0);
+    atomic_store(&gone, 0);
+    net_world_run(2, &config, 4096, unread_body, NULL);
+}
+
 static epx_status_t alone(void *context, const void *mine, size_t bytes, void *all)
 {
     int ranks = *(int *)context;
@@ -425,6 +465,8 @@ static void suite(uint32_t rows, int full)
     test_adds(rows, 4, 4);
     test_idle_credit();
     test_leave();
+    if (strncmp(spec, "sim", 3) != 0) /* its messages arrive as their reader steps: who leaves would wait for that */
+        test_unread();
     if (!full)
         return;
     test_ring(3, rows / 2, 8, 8, 2, 1);

@@ -62,47 +62,6 @@ static epx_status_t open_parts(ofi_t *self, const epx__net_config_t *config)
     return EPX_OK;
 }
 
-/* Is a transfer under way, or a peer lost? Closing such an endpoint makes tcp;ofi_rxm of libfabric 1.17 crash; and
- * verbs;ofi_rxm of that version any that was ever connected, as soon as its peers close theirs. */
-static bool unsafe_to_close(const ofi_t *self)
-{
-    if (self->peer_count && strstr(self->info->fabric_attr->prov_name, "verbs") && fi_version() <= FI_VERSION(1, 17))
-        return true;
-    bool lost = self->puts > 0 || self->net.unclean;
-    for (uint32_t i = 0; i < self->peer_count; i++)
-        lost |= self->peers[i].dead;
-    return lost;
-}
-
-static void ofi_close(epx__net_t *net)
-{
-    ofi_t *self = (ofi_t *)net;
-    /* Then it stays open, and nobody polls it: a broken group's endpoint, once. Kept reachable, for leak checkers. */
-    static ofi_t *left_open;
-    if (self->ep && unsafe_to_close(self)) {
-        epx__ofi_host->log(2, "libfabric: an endpoint with unfinished transfers is left open");
-        ofi_t *before = __atomic_exchange_n(&left_open, self, __ATOMIC_ACQ_REL);
-        self->left_before = before;
-        return;
-    }
-    if (self->ep)
-        fi_close(&self->ep->fid);
-    epx__ofi_withdraw(net, self->scratch_memory);
-    if (self->av)
-        fi_close(&self->av->fid);
-    if (self->cq)
-        fi_close(&self->cq->fid);
-    if (self->domain)
-        fi_close(&self->domain->fid);
-    if (self->fabric)
-        fi_close(&self->fabric->fid);
-    if (self->info)
-        fi_freeinfo(self->info);
-    epx__ofi_host->free(self->peers);
-    epx__ofi_host->free(self->contexts);
-    epx__ofi_host->free(self);
-}
-
 static epx_status_t ofi_open(const epx__net_config_t *config, epx__net_t **net)
 {
     ofi_t *self = epx__ofi_host->calloc(1, sizeof *self);
@@ -128,8 +87,10 @@ static epx_status_t ofi_open(const epx__net_config_t *config, epx__net_t **net)
     if (status == EPX_OK)
         status = epx__ofi_enroll(&self->net, self->scratch, sizeof self->scratch, false, &self->scratch_memory,
                                  &self->scratch_key);
+    if (status == EPX_OK)
+        status = epx__ofi_opened(self);
     if (status != EPX_OK) {
-        ofi_close(&self->net);
+        epx__ofi_close(&self->net);
         return status;
     }
     *net = &self->net;
@@ -167,6 +128,7 @@ static epx_status_t ofi_connect(epx__net_t *net, const epx__net_address_t *addre
     long e = fi_av_insert(self->av, address->data + sizeof to->scratch, 1, &to->address, 0, NULL);
     if (e != 1)
         return epx__ofi_fail(e < 0 ? e : FI_EINVAL, "fi_av_insert");
+    epx__ofi_connected(self, to, address->data + sizeof to->scratch, address->bytes - sizeof to->scratch);
     *peer = self->peer_count++;
     return EPX_OK;
 }
@@ -316,7 +278,7 @@ static bool ofi_arm(epx__net_t *net)
 const epx__net_ops_t epx__net_ofi = {
     .name = "ofi",
     .open = ofi_open,
-    .close = ofi_close,
+    .close = epx__ofi_close,
     .address = ofi_address,
     .connect = ofi_connect,
     .enroll = epx__ofi_enroll,

@@ -32,6 +32,7 @@ typedef struct ofi_peer {
     bool dead;
     uint32_t puts;             /* under way to it */
     uint64_t refused_since_ns; /* 0: it took the last one */
+    struct ofi *here;          /* shm: the endpoint itself, where it is of this process; counted in its `users` */
 } ofi_peer_t;
 
 typedef struct ofi {
@@ -56,6 +57,11 @@ typedef struct ofi {
     epx__net_key_t scratch_key;
     char why[240];
     struct ofi *left_before; /* of endpoints that could not be closed */
+    /* shm only, else 0: close.c's */
+    uint32_t users; /* its owner, and the endpoints of this process that are connected to it */
+    struct ofi *next_of_shm;
+    char name[224];
+    size_t name_bytes;
 } ofi_t;
 
 extern const epx__net_host_t *epx__ofi_host;
@@ -65,6 +71,11 @@ epx_status_t epx__ofi_fail(long error, const char *doing);
 
 /* choose.c: fills info, put_bytes_max, device_memory, why. */
 epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config);
+
+/* close.c */
+epx_status_t epx__ofi_opened(ofi_t *self);
+void epx__ofi_connected(const ofi_t *self, ofi_peer_t *to, const void *name, size_t bytes);
+void epx__ofi_close(epx__net_t *net); /* any that was begun, or a part of it */
 
 /* memory.c */
 epx_status_t epx__ofi_enroll(epx__net_t *net, void *base, size_t bytes, bool device, epx__net_memory_t **memory,
