@@ -20,8 +20,8 @@
     X(TIMEOUT_MS, "30000", "deadline of every wait, in milliseconds")                                                  \
     X(LEASE_BYTES, "536870912", "window memory for leases, in bytes")                                                  \
     X(RESERVE_BYTES, "33554432", "window memory for rounds, in bytes")                                                 \
-    X(SPIN, "", "polls before a wait yields; default: 2000, or 100 when the host has fewer cores than ranks")          \
-    X(STREAMING, "auto", "streaming stores for row copies: auto, 0 or 1")                                              \
+    X(SPIN, "", "polls before a wait yields; default: 20000, 2000 between domains, 100 with fewer cores than ranks")   \
+    X(STREAMING, "auto", "streaming stores for row copies: auto, 0, 1, or halves (half of each row by plain stores)")  \
     X(NET, "", "network between domains: ofi, ofi:PROVIDER, loop, sim[:SEED]; default: ofi")                           \
     X(PROXIES, "", "proxy threads of a rank; default: by docs/channels.md's rule")                                     \
     X(CHANNELS, "", "port channels to each peer; default: by docs/channels.md's rule")                                 \

@@ -37,7 +37,7 @@ static bool copied_exactly(const uint8_t *area, size_t area_bytes, size_t at, co
     return true;
 }
 
-static void test_copies(epx__simd_t level)
+static void test_copies(epx__simd_t level, bool halves)
 {
     static _Alignas(64) uint8_t area[COPY_MOST + 2 * GUARD], source[COPY_MOST + 64];
     static const size_t sizes[] = {0,   1,   2,   15,  16,  17,  31,  32,  33,  48,  63,  64,   65,   80,   112,
@@ -45,6 +45,7 @@ static void test_copies(epx__simd_t level)
     for (size_t i = 0; i < sizeof source; i++)
         source[i] = (uint8_t)(i * 37 + (i >> 8));
     epx__simd_limit(level);
+    epx__copy_halves(halves);
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
         for (size_t dst = 0; dst < 64; dst += dst % 16 == 0 ? 1 : 15)
             for (size_t src = 0; src < 64; src += 7)
@@ -53,8 +54,8 @@ static void test_copies(epx__simd_t level)
                     epx__copy_row(area + GUARD + dst, source + src, sizes[s], streaming);
                     epx__copy_fence();
                     CHECK(copied_exactly(area, sizeof area, GUARD + dst, source + src, sizes[s]),
-                          "%s, %zu bytes, dst +%zu, src +%zu, streaming %d", epx__simd_name(level), sizes[s], dst, src,
-                          streaming);
+                          "%s, %zu bytes, dst +%zu, src +%zu, streaming %d, halves %d", epx__simd_name(level), sizes[s],
+                          dst, src, streaming, halves);
                 }
 }
 
@@ -238,6 +239,9 @@ static void test_choose(void)
     setenv("EPX_STREAMING", "0", 1);
     epx__copy_choose(&streaming, &why);
     CHECK(!streaming && why && strstr(why, "EPX_STREAMING=0"), "%s", why);
+    setenv("EPX_STREAMING", "halves", 1);
+    epx__copy_choose(&streaming, &why);
+    CHECK(streaming == (epx__simd_level() > EPX__SIMD_NONE) && (!streaming || strstr(why, "halves")), "%s", why);
     unsetenv("EPX_STREAMING");
     epx__copy_choose(&streaming, &why);
     CHECK(streaming == (epx__simd_level() > EPX__SIMD_NONE && !EPX__TSAN) && why, "%s", why);
@@ -254,7 +258,8 @@ int main(void)
     epx__simd_t best = epx__simd_level();
     printf("this CPU: up to %s\n", epx__simd_name(best));
     for (int level = EPX__SIMD_NONE; level <= (int)best; level++) {
-        test_copies((epx__simd_t)level);
+        test_copies((epx__simd_t)level, true);
+        test_copies((epx__simd_t)level, false);
         test_sums((epx__simd_t)level);
         test_known_sums((epx__simd_t)level);
         test_rounding_sweep((epx__simd_t)level, EPX_BF16);

@@ -20,6 +20,7 @@
 
 static int level_found = -1; /* epx__simd_t; every thread computes the same */
 static int level_limit = EPX__SIMD_AVX512;
+static int halves_asked; /* EPX_STREAMING=halves */
 
 #if defined(__x86_64__)
 static bool has_f16c(void) /* clang 14's __builtin_cpu_supports does not know it */
@@ -59,6 +60,11 @@ void epx__simd_limit(epx__simd_t level)
     __atomic_store_n(&level_limit, (int)level, __ATOMIC_RELAXED);
 }
 
+void epx__copy_halves(bool halves)
+{
+    __atomic_store_n(&halves_asked, (int)halves, __ATOMIC_RELAXED);
+}
+
 const char *epx__simd_name(epx__simd_t level)
 {
     static const char *const names[] = {"portable C", "SSE2", "AVX2", "AVX-512"};
@@ -75,12 +81,14 @@ void epx__copy_choose(bool *streaming, const char **why)
     };
     const char *text = epx__env_text(EPX__ENV_STREAMING);
     epx__simd_t level = epx__simd_level();
+    bool halves = text && strcmp(text, "halves") == 0;
+    epx__copy_halves(halves);
     if (text && strcmp(text, "0") == 0) {
         *streaming = false;
         *why = "off: EPX_STREAMING=0";
-    } else if (text && strcmp(text, "1") == 0 && level > EPX__SIMD_NONE) {
+    } else if (text && (halves || strcmp(text, "1") == 0) && level > EPX__SIMD_NONE) {
         *streaming = true;
-        *why = "on: EPX_STREAMING=1";
+        *why = halves ? "on: EPX_STREAMING=halves" : "on: EPX_STREAMING=1";
     } else if (EPX__TSAN) {
         *streaming = false;
         *why = "off: ThreadSanitizer does not see streaming stores (auto)";
@@ -95,13 +103,15 @@ void epx__copy_choose(bool *streaming, const char **why)
 #if defined(__x86_64__)
 
 /*
- * A row in two halves at once: the first by streaming stores, the second by plain ones whose lines are asked for ahead.
- * A core waits on different buffers for the two kinds, so together they are faster than either alone, for half the
- * traffic that plain stores add. Measured, 117 MB of 14336-byte rows, each row to two places, one core of a 2.5 GHz
- * Xeon (Cascade Lake, AVX-512): memcpy 22 to 24 ms, streaming stores only 21, plain with prefetch 17.5, both
- * halves 17.2; streaming stores alone without reading anything 17.
+ * Two ways. Lines: all of a row by streaming stores of a whole line each, the least traffic there is. Halves: the first
+ * half of a row by streaming stores, the second by plain ones whose lines are asked for ahead; a core waits on
+ * different buffers for the two kinds, which hides latency, for half the traffic that plain stores add. Where cores
+ * share the memory's bandwidth the traffic decides: cached dispatch of 2 ranks, 117 MB each, took 7.6 ms by lines
+ * and 10.8 by halves (Sapphire Rapids, 2 cores, the raw copies 6.5); 1 rank alone 1.88 and 1.99. Without stores of
+ * whole lines (SSE2) halves are taken: one core of Cascade Lake, memcpy 22 to 24 ms, 16-byte streaming stores only 21,
+ * halves 17.2.
  *
- * dst is 64-aligned in both versions and `half` a multiple of 128: dst[0, half) and dst[half, 2 * half) are written.
+ * dst is 64-aligned and `half` a multiple of 128 below: dst[0, half) and dst[half, 2 * half) are written.
  */
 #define AHEAD 1024 /* bytes; 512 to 2048 make no difference */
 
@@ -118,6 +128,17 @@ static void stream_halves_sse2(char *dst, const char *src, size_t half)
             _mm_stream_si128(to + k, _mm_loadu_si128((const __m128i *)a + k));
         for (int k = 0; k < 4; k++)
             _mm_store_si128(plain + k, _mm_loadu_si128((const __m128i *)b + k));
+    }
+}
+
+__attribute__((target("avx512f"))) static void stream_lines_avx512(char *dst, const char *src, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += 128) {
+        _mm_prefetch(src + i + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(src + i + AHEAD + 64, _MM_HINT_T0);
+        __m512i a = _mm512_loadu_si512(src + i), b = _mm512_loadu_si512(src + i + 64);
+        _mm512_stream_si512((__m512i *)(dst + i), a);
+        _mm512_stream_si512((__m512i *)(dst + i + 64), b);
     }
 }
 
@@ -155,7 +176,10 @@ static void stream_row(char *dst, const char *src, size_t bytes, epx__simd_t lev
     src += head;
     bytes -= head;
     size_t half = bytes / 256 * 128;
-    if (level >= EPX__SIMD_AVX512)
+    bool halves = __atomic_load_n(&halves_asked, __ATOMIC_RELAXED);
+    if (level >= EPX__SIMD_AVX512 && !halves)
+        stream_lines_avx512(dst, src, half * 2);
+    else if (level >= EPX__SIMD_AVX512)
         stream_halves_avx512(dst, src, half);
     else /* AVX2's 32-byte streaming stores are slower than 16-byte ones: 25 ms beside 21 */
         stream_halves_sse2(dst, src, half);

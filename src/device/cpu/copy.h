@@ -13,6 +13,9 @@
 /* Chosen once (EPX_STREAMING, CPU features); `why` for epx info. */
 void epx__copy_choose(bool *streaming, const char **why);
 
+/* In this process, with AVX-512: half of each row by plain stores. choose calls it; tests too. */
+void epx__copy_halves(bool halves);
+
 /* Copy with stores that bypass the cache (streaming) or plain ones. Any alignment of src; dst 16-aligned to stream. */
 void epx__copy_row(void *dst, const void *src, size_t bytes, bool streaming);
 

@@ -2,8 +2,8 @@
  * Ends of endpoints, where libfabric 1.17 needs care.
  *
  * shm: endpoints of one process use each other's memory (a peer's mapping is the owner's own), so that a put to an
- * endpoint that has been closed is a crash, and a peer that leaves does not wait for those that still write to it. So an
- * endpoint counts who is connected to it in this process, and stays until the last of them has been given up too.
+ * endpoint that has been closed is a crash, and a peer that leaves does not wait for those that still write to it. So
+ * an endpoint counts who is connected to it in this process, and stays until the last of them has been given up too.
  */
 #include "net/ofi/ofi.h"
 
