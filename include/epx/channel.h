@@ -56,7 +56,9 @@ EPX_API epx_status_t epx_channels_create(epx_group_t *group, const epx_channels_
  * collective; NULL is fine. Nobody may use the channels any more. */
 EPX_API void epx_channels_destroy(epx_channels_t *channels);
 
-/* [ranks * channels] entries each; valid while the channels live. */
+/* What follows takes NULL for `channels` too: then NULL, 0 or EPX_E_INVALID. Results that are not wanted may be NULL.
+ *
+ * [ranks * channels] entries each; valid while the channels live. */
 EPX_API const epx_port_channel_t *epx_channels_port_table(const epx_channels_t *channels);
 EPX_API const epx_memory_channel_t *epx_channels_memory_table(const epx_channels_t *channels);
 EPX_API uint32_t epx_channels_per_peer(const epx_channels_t *channels);

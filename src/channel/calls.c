@@ -31,32 +31,35 @@ void epx_port_wake(const epx_port_channel_t *channel)
 
 const epx_port_channel_t *epx_channels_port_table(const epx_channels_t *channels)
 {
-    return channels->port;
+    return channels ? channels->port : NULL;
 }
 
 const epx_memory_channel_t *epx_channels_memory_table(const epx_channels_t *channels)
 {
-    return channels->mapped;
+    return channels ? channels->mapped : NULL;
 }
 
 uint32_t epx_channels_per_peer(const epx_channels_t *channels)
 {
-    return channels->channels;
+    return channels ? channels->channels : 0;
 }
 
 void *epx_channels_memory(const epx_channels_t *channels, uint32_t memory)
 {
-    return memory < channels->memory_count ? channels->memory[memory].base : NULL;
+    return channels && memory < channels->memory_count ? channels->memory[memory].base : NULL;
 }
 
 void *epx_channels_host_block(const epx_channels_t *channels, size_t *bytes)
 {
-    *bytes = channels->layout.total;
-    return channels->block;
+    if (bytes)
+        *bytes = channels ? channels->layout.total : 0;
+    return channels ? channels->block : NULL;
 }
 
 size_t epx_channels_tickets(int ranks, const epx_channels_config_t *config)
 {
+    if (!config || ranks < 1)
+        return 0;
     epx__channels_t sizes = {.ranks = (uint32_t)ranks, .memory_count = 1};
     sizes.config.channels = config->channels;
     sizes.config.proxies = config->proxies;
@@ -67,18 +70,22 @@ size_t epx_channels_tickets(int ranks, const epx_channels_config_t *config)
 
 const char *epx_channels_why(const epx_channels_t *channels)
 {
-    return channels->why;
+    return channels ? channels->why : "no channels";
 }
 
 void epx_channels_traffic(const epx_channels_t *channels, uint64_t *bytes, uint64_t *puts)
 {
-    *bytes = atomic_load(&channels->net_bytes);
-    *puts = atomic_load(&channels->net_puts);
+    if (bytes)
+        *bytes = channels ? atomic_load(&channels->net_bytes) : 0;
+    if (puts)
+        *puts = channels ? atomic_load(&channels->net_puts) : 0;
 }
 
 epx_status_t epx_channels_status(epx_channels_t *channels)
 {
     epx_status_t status = EPX_OK;
+    if (!channels)
+        return epx__fail(EPX_E_INVALID, "epx_channels_status: channels is NULL");
     pthread_mutex_lock(&channels->words_lock);
     if (channels->fault_status)
         status = epx__fail((epx_status_t)channels->fault_status, "%s", channels->words);
@@ -99,6 +106,8 @@ static epx_status_t in_words(epx_channels_t *self, epx_status_t status, uint32_t
  */
 epx_status_t epx_channels_barrier(epx_channels_t *self)
 {
+    if (!self)
+        return epx__fail(EPX_E_INVALID, "epx_channels_barrier: channels is NULL");
     uint64_t epoch = ++self->barrier_epoch;
     for (uint32_t number = 0; number < self->ranks * self->channels; number++) {
         const epx_port_channel_t *channel = &self->port[number];

@@ -112,6 +112,23 @@ static void by_port(xt_rank_t *self, epx_channels_t *channels, uint64_t round, u
         }
 }
 
+static void without_channels(xt_rank_t *self)
+{
+    size_t bytes = 1;
+    uint64_t net_bytes = 1, puts = 1;
+    XT_CHECK(self, !epx_channels_port_table(NULL) && !epx_channels_memory_table(NULL), "tables");
+    XT_CHECK(self, epx_channels_per_peer(NULL) == 0 && !epx_channels_memory(NULL, 0), "sizes");
+    XT_CHECK(self, !epx_channels_host_block(NULL, &bytes) && bytes == 0, "host block");
+    XT_CHECK(self, epx_channels_tickets(2, NULL) == 0, "tickets");
+    XT_CHECK(self, epx_channels_barrier(NULL) == EPX_E_INVALID && strstr(epx_error_detail(), "NULL"), "barrier");
+    XT_CHECK(self, epx_channels_status(NULL) == EPX_E_INVALID && strstr(epx_error_detail(), "NULL"), "status");
+    XT_CHECK(self, epx_channels_why(NULL) != NULL, "why");
+    epx_channels_traffic(NULL, &net_bytes, NULL);
+    epx_channels_traffic(NULL, NULL, &puts);
+    XT_CHECK(self, net_bytes == 0 && puts == 0, "traffic");
+    epx_channels_destroy(NULL);
+}
+
 static void body(xt_rank_t *self)
 {
     size_t bytes = (size_t)self->ranks * CHANNELS * WORDS * 8;
@@ -142,7 +159,7 @@ static void body(xt_rank_t *self)
                  (unsigned long long)net_bytes);
     }
     epx_channels_destroy(channels);
-    epx_channels_destroy(NULL);
+    without_channels(self);
     free(in);
     free(out);
 }
