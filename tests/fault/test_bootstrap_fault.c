@@ -13,6 +13,7 @@
 #include "bootstrap/state.h"
 #include "common/check.h"
 #include "common/gather.h"
+#include "common/slowness.h"
 
 static int descriptors(void)
 {
@@ -61,7 +62,7 @@ static void missing_rank(int missing)
         gather_wait(&all[rank]);
         expect(&all[rank], EPX_E_TIMEOUT, words);
     }
-    CHECK(seconds_since(start) < 3, "%.1f s for a deadline of 0.4", seconds_since(start));
+    CHECK(seconds_since(start) < 3 * slowness(), "%.1f s for a deadline of 0.4", seconds_since(start));
     free(all);
     if (missing == 0) { /* its listener still waits in this process: take it, that the count of descriptors be right */
         epx__bootstrap_t *alone = NULL;
@@ -82,7 +83,8 @@ static void duplicate_rank(void)
     gather_run(all, 4);
     for (int rank = 0; rank < 4; rank++)
         expect(&all[rank], EPX_E_MISMATCH, "two processes say that they are rank 2");
-    CHECK(seconds_since(start) < 5, "%.1f s", seconds_since(start)); /* at once, with some seconds for who comes late */
+    CHECK(seconds_since(start) < 5 * slowness(), "%.1f s",
+          seconds_since(start)); /* at once, with some seconds for who comes late */
     free(all);
 }
 
@@ -238,7 +240,7 @@ static void flood(void)
     gather_start(&all[2]);
     for (int rank = 0; rank < 3; rank++)
         gather_wait(&all[rank]);
-    CHECK(seconds_since(start) < 8, "%.1f s to join among strangers", seconds_since(start));
+    CHECK(seconds_since(start) < 8 * slowness(), "%.1f s to join among strangers", seconds_since(start));
     for (int i = 0; i < silent + NOISY; i++)
         if (fds[i] >= 0)
             close(fds[i]);
@@ -261,9 +263,9 @@ static void dies_while_gathering(void)
     uint64_t start = epx__now_ns();
     close(fd);
     gather_wait(&all[1]);
-    CHECK(seconds_since(start) < 1, "%.2f s", seconds_since(start));
+    CHECK(seconds_since(start) < 1 * slowness(), "%.2f s", seconds_since(start));
     gather_wait(&all[0]); /* which waits a little for rank 3, to tell it too, but not for the deadline of 9 s */
-    CHECK(seconds_since(start) < 6, "%.2f s", seconds_since(start));
+    CHECK(seconds_since(start) < 6 * slowness(), "%.2f s", seconds_since(start));
     for (int rank = 0; rank < 2; rank++)
         expect(&all[rank], EPX_E_PEER, "rank 2 is gone");
     free(all);
@@ -277,7 +279,7 @@ static void wait_for_death(gathered_t *one)
     uint64_t start = epx__now_ns();
     epx_status_t status = epx__bootstrap_barrier(one->bootstrap, 8000);
     CHECK(status == EPX_E_PEER && strstr(epx__detail(), "rank 2 is gone"), "%s", epx__detail());
-    CHECK(seconds_since(start) < 3);
+    CHECK(seconds_since(start) < 3 * slowness());
     char byte;
     CHECK(epx__bootstrap_recv(one->bootstrap, 2, 1, &byte, 1, 8000) == EPX_E_PEER);
     CHECK(epx__bootstrap_send(one->bootstrap, 2, 1, &byte, 1) == EPX_E_PEER);
@@ -330,19 +332,24 @@ static void disagreeing(gathered_t *one)
 }
 
 /* Rank 1 comes late to one operation: all others name it; it finds out; the next operation works. */
+static double late_by; /* times longer than on a free machine */
+
 static void late_to_one(gathered_t *one)
 {
+    uint64_t patience_ms = (uint64_t)(300 * late_by);
+    char missing[64];
+    snprintf(missing, sizeof missing, "missing after %llu ms: rank 1", (unsigned long long)patience_ms);
     CHECK(epx__bootstrap_barrier(one->bootstrap, 0) == EPX_OK, "%s", epx__detail());
     if (one->rank == 1) {
-        epx__sleep_ns(700000000);
+        epx__sleep_ns((uint64_t)(700000000 * late_by));
         CHECK(epx__bootstrap_barrier(one->bootstrap, 5000) != EPX_E_MISMATCH);
     } else {
         uint64_t start = epx__now_ns();
-        epx_status_t status = epx__bootstrap_barrier(one->bootstrap, 300);
-        bool named = strstr(epx__detail(), "missing after 300 ms: rank 1") ||
-                     strstr(epx__detail(), "missing was rank 1"); /* when another's 300 ms ended a little earlier */
+        epx_status_t status = epx__bootstrap_barrier(one->bootstrap, patience_ms);
+        bool named = strstr(epx__detail(), missing) ||
+                     strstr(epx__detail(), "missing was rank 1"); /* when another's patience ended a little earlier */
         CHECK(status == EPX_E_TIMEOUT && named, "rank %d: %s", one->rank, epx__detail());
-        CHECK(seconds_since(start) < 1.5, "%.2f s", seconds_since(start));
+        CHECK(seconds_since(start) < 1.5 * slowness(), "%.2f s", seconds_since(start));
     }
     CHECK(epx__bootstrap_barrier(one->bootstrap, 0) == EPX_OK, "rank %d: %s", one->rank, epx__detail());
 }
@@ -514,7 +521,7 @@ static void stopped_peer(void)
     waitpid(pid, NULL, WUNTRACED);
     uint64_t start = epx__now_ns();
     epx__bootstrap_close(b);
-    CHECK(seconds_since(start) < 1.5, "%.2f s", seconds_since(start));
+    CHECK(seconds_since(start) < 1.5 * slowness(), "%.2f s", seconds_since(start));
     kill(pid, SIGKILL);
     waitpid(pid, NULL, 0);
     close(wires[0]);
@@ -630,6 +637,7 @@ int main(void)
         garbage_after_joining(what);
     step("garbage after joining", &count, &live);
     with_body(3, disagreeing);
+    late_by = slowness();
     with_body(4, late_to_one);
     step("operations", &count, &live);
     with_body(3, clean_bye);
