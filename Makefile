@@ -47,7 +47,7 @@ models: setup-test all
 	ctest --preset release -L model
 
 gpu-test: setup
-	tests/gpu/run.sh
+	tests/gpu/all.sh -m 30
 
 bench-peers: all
 	@tools/setup.sh bench

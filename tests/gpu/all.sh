@@ -1,0 +1,204 @@
+#!/bin/bash
+# All that a machine with GPUs can say about epx, in one call of bounded time: build, tests, figures; one table at the end.
+#
+#   tests/gpu/all.sh [-m MINUTES] [SECTION...]    9.5 minutes if not said; sections below, all of them if none is named
+#   tests/gpu/all.sh carry                        on a machine without a GPU: build here, into build-carry/ (build.sh)
+#
+# For one GPU or more. What one GPU can do runs on GPU 0 and GPU 1 side by side; then what wants all of them. A section
+# that is early leaves its time to those after it; with more minutes, limits and iterations grow.
+# Kept, in $OUT or build-gpu/out, seven files at most: summary.txt, table.txt, failures.txt, log-{main,gpu0,gpu1}.txt,
+# build.txt. Exit code 1 if anything went wrong.
+set -u
+source=$(cd "$(dirname "$0")/../.." && pwd)
+minutes=9.5
+if [ "${1:-}" = -m ]; then
+    minutes=$2
+    shift 2
+fi
+out=${OUT:-$source/build-gpu/out}
+logs=$source/build-gpu/logs
+fabric=""
+. "$source/tests/gpu/steps.sh"
+. "$source/tests/gpu/build.sh"
+if [ "${1:-}" = carry ]; then
+    carry
+    exit
+fi
+gpus=$(timeout 20 nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=${#visible[@]}
+if [ "$gpus" = 0 ] && [ ! -e /dev/nvidiactl ]; then
+    echo "skipped: no NVIDIA driver on this machine (nvidia-smi lists no GPU, no /dev/nvidiactl)"
+    exit 77
+fi
+ranks=$((gpus < 4 ? gpus : 4))
+chosen=" $* "
+deadline=$(awk -v m="$minutes" 'BEGIN { print int(m * 60) - 10 }')
+scale=$(awk -v m="$minutes" 'BEGIN { print int(m * 100 / 9.5) }')
+mkdir -p "$out" "$logs"
+rm -f "$out"/{table,failures,build}.txt "$out"/log-*.txt "$logs"/*
+ulimit -c 0
+export PYTHONUNBUFFERED=1
+
+finish() {
+    local line
+    { echo
+        for line in $(cut -d' ' -f1 "$out/table.txt" | awk '!seen[$0]++'); do
+            grep "^$line " "$out/table.txt"
+        done
+        ll_table "$ranks" "$logs"/ll-{flags,inband,inband-96}-time.log
+        grep -hE '^(us  |cached|combine|low-latency)' "$logs/python-cost.log" 2>/dev/null
+        timeout 10 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
+        echo "$([ -e "$logs/failed" ] && echo "SOMETHING FAILED: failures.txt, log-*.txt" || echo "all is well"), $SECONDS s"; } | tee "$out/summary.txt" | tail -c 11500
+}
+stop() {
+    kill $(jobs -p) $(cat "$logs"/*.pid 2>/dev/null) 2>/dev/null
+    touch "$logs/failed"
+    finish
+    exit 1
+}
+trap stop TERM INT HUP
+
+# ---- one GPU ----
+
+use_fabric() { # where the system has no libfabric
+    [ -z "$fabric" ] || export LD_LIBRARY_PATH=$fabric${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+}
+section_net() { # domains, by the networks that there are; then low latency between them
+    export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=5000
+    step domains-loop 45 "$tests/gpu_test_domains" loop "$(pct 10)"
+    step domains-sim 40 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
+    use_fabric
+    [ -z "$ofi" ] || export EPX_NET=ofi:tcp
+    [ -z "$ofi" ] || step domains-tcp 60 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)"
+    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=1 step graph-tcp 40 "$tests/gpu_test_graph" "$(pct 60)"
+    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=2 EPX_TEST_RANKS_MAX=4 step suite-tcp 60 "$tests/gpu_test_differential" "" "$(pct 3)"
+    for name in $(cd "$tests" && ls gpu_test_ll_net* 2>/dev/null); do
+        step "${name#gpu_test_}" 60 "$tests/$name"
+    done
+}
+section_ll1() { # low latency, ranks share a GPU; in-band first
+    export EPX_TIMEOUT_MS=5000
+    EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
+    EPX_LL_INBAND=1 step inband 40 "$tests/gpu_test_ll" "" "$(pct 30)"
+    EPX_LL_INBAND=1 step inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
+    EPX_LL_INBAND=1 step inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 60)"
+    step deadline 15 "$tests/gpu_test_ll_deadline"
+    EPX_LL_INBAND=0 step flags 25 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=0 step flags-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
+}
+section_ht1() { # high throughput in one domain, ranks share a GPU
+    export EPX_TIMEOUT_MS=8000
+    step bounds 25 "$tests/gpu_test_bounds"
+    step graphs 25 "$tests/gpu_test_graph" "$(pct 60)"
+    EPX_TEST_RANKS_MAX=4 step differential 50 "$tests/gpu_test_differential" "" "$(pct 3)"
+    step stress 30 "$tests/gpu_test_stress" "" "$(pct 2)"
+}
+
+# ---- all GPUs ----
+
+section_ll() {
+    export EPX_TIMEOUT_MS=5000
+    EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
+    EPX_LL_INBAND=0 step flags-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 step inband-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 EPX_SMS=96 step inband-96-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 step inband 30 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 step inband-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
+    EPX_LL_INBAND=1 step inband-graphs 20 "$tests/gpu_test_ll_graph" "$(pct 40)"
+    EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 step flags 20 "$tests/gpu_test_ll" "" "$(pct 10)"
+}
+section_ht() {
+    export EPX_TIMEOUT_MS=8000
+    step bounds 20 "$tests/gpu_test_bounds"
+    step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
+    EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "" "$(pct 2)"
+    step fault 40 "$tests/gpu_test_fault"
+}
+bench() { # NAME ARGUMENTS...
+    local name=$1
+    shift
+    step "$name" 25 "$build/bin/epx" bench --backend cuda --iters 20 --ranks "$ranks" "$@"
+}
+section_benchht() {
+    bench bf16-16 --sms 16 --op dispatch,dispatch_cached
+    bench combine-24 --sms 24 --op combine
+    bench fp8-16 --sms 16 --op dispatch,dispatch_cached --dtype fp8
+    bench own-28 --sms 28 --op dispatch_cached --own-memory --no-floor
+    bench combine-own-24 --sms 24 --op combine --own-memory --no-floor
+    bench bf16-8 --sms 8 --op dispatch_cached --no-floor
+    bench default --op dispatch,dispatch_cached,combine,layout --no-floor
+}
+section_benchll() {
+    local way
+    for way in 0 1; do
+        export EPX_LL_INBAND=$way
+        bench graph-fp8-$way --op ll_dispatch,ll_combine,ll_pair --dtype fp8 --graph
+        bench graph-bf16-$way --op ll_dispatch,ll_pair --graph
+        bench graph-pre-$way --op ll_combine,ll_pair --dtype fp8 --pre-reduced --graph
+        bench calls-fp8-$way --op ll_dispatch,ll_combine,ll_pair --dtype fp8
+        bench halves-fp8-$way --op ll_pair --dtype fp8 --halves --graph --no-floor
+    done
+}
+section_benchnet() {
+    export EPX_CUDA_DOMAINS=1
+    use_fabric
+    [ -n "$ofi" ] || return
+    bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --no-floor --op dispatch,dispatch_cached,combine
+}
+section_python() {
+    export EPX_LIBRARY=$build/lib/libepx.so PYTHONPATH=$source/python
+    local limit="" test="python3 -m pytest -v -p no:cacheprovider --tb=short"
+    python3 -c 'import pytest_timeout' 2>/dev/null && limit="--timeout 40"
+    step two 80 $test $limit "$source/tests/python/test_gpu.py" -k "2] or test_late or other_device"
+    step one 60 $test $limit "$source/tests/python/test_gpu.py" -k "1]"
+    # No torchrun: its ranks are sessions of their own, which a timeout does not end.
+    export MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
+    step cost 45 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 & p="${p:-} $!"; done
+        for r in $p; do wait $r || exit 1; done' - "$source/bench/python_cost.py"
+}
+section_check() { # compute-sanitizer; ranks are processes, since it runs a process's kernels one after the other
+    export EPX_TIMEOUT_MS=60000
+    use_fabric
+    local tool sanitizer="compute-sanitizer --target-processes all --error-exitcode 9 --tool"
+    for tool in memcheck racecheck; do
+        EPX_LL_INBAND=1 step ll-inband-$tool 25 $sanitizer $tool "$tests/gpu_test_ll" "two processes" 4
+        EPX_LL_INBAND=0 step ll-flags-$tool 25 $sanitizer $tool "$tests/gpu_test_ll" "two processes" 4
+        step bounds-$tool 25 $sanitizer $tool "$tests/gpu_test_bounds" 2
+        [ -z "$ofi" ] || EPX_CUDA_DOMAINS=1 EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp \
+            step net-$tool 25 $sanitizer $tool "$tests/gpu_test_bounds" 2
+    done
+}
+
+# sections NAME=SECONDS...: those that were chosen, each in a shell of its own, which keeps its environment
+sections() {
+    local s
+    for s in "$@"; do
+        [[ $chosen == "  " || $chosen == *" ${s%=*} "* ]] || continue
+        (begin_section "${s%=*}" "${s#*=}" && "section_${s%=*}")
+    done
+}
+
+section=machine
+row gpus "$gpus" 0 "$(nproc) cores, $(nvcc --version 2>/dev/null | grep -o 'release [0-9.]*'), $(python3 -V 2>&1)"
+{ nvidia-smi; nvidia-smi topo -m; lscpu; ip -br addr; free -g; } >"$out/log-main.txt" 2>&1
+if [ "$gpus" = 0 ] || ! find_or_build 120; then
+    touch "$logs/failed"
+    finish
+    exit 1
+fi
+tests=$build/tests
+ofi=""
+find_fabric && ofi=yes
+
+if [ "$gpus" -gt 1 ]; then
+    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150) &
+    (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=90 ht1=70) &
+    wait
+    sections ll=80 ht=60
+else
+    sections ll1=100 net=150 ht1=80
+fi
+sections benchll=70 benchht=60 python=130 benchnet=25 check=100
+finish
+[ ! -e "$logs/failed" ]
