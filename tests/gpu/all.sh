@@ -33,6 +33,12 @@ if [ "$gpus" = 0 ] && [ ! -e /dev/nvidiactl ]; then
 fi
 ranks=$((gpus < 4 ? gpus : 4))
 chosen=" $* "
+for name in "$@"; do
+    if ! grep -q "^section_$name() " "$0"; then
+        echo "no section is called \"$name\"; there are: $(sed -n 's/^section_\([a-z0-9]*\)() .*/\1/p' "$0" | tr '\n' ' ')"
+        exit 2
+    fi
+done
 deadline=$(awk -v m="$minutes" 'BEGIN { print int(m * 60) - 10 }')
 scale=$(awk -v m="$minutes" 'BEGIN { print int(m * 100 / 9.5) }')
 mkdir -p "$out" "$logs"
@@ -65,7 +71,7 @@ use_fabric() { # where the system has no libfabric
     [ -z "$fabric" ] || export LD_LIBRARY_PATH=$fabric${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
 section_net() { # domains, by the networks that there are; then low latency between them
-    export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=5000
+    export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=10000
     step domains-loop 45 "$tests/gpu_test_domains" loop "$(pct 10)"
     step domains-sim 40 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
     use_fabric
@@ -78,7 +84,7 @@ section_net() { # domains, by the networks that there are; then low latency betw
     done
 }
 section_ll1() { # low latency, ranks share a GPU; in-band first
-    export EPX_TIMEOUT_MS=5000
+    export EPX_TIMEOUT_MS=10000
     EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
     EPX_LL_INBAND=1 step inband 40 "$tests/gpu_test_ll" "" "$(pct 30)"
     EPX_LL_INBAND=1 step inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
@@ -88,7 +94,7 @@ section_ll1() { # low latency, ranks share a GPU; in-band first
     EPX_LL_INBAND=0 step flags-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
 }
 section_ht1() { # high throughput in one domain, ranks share a GPU
-    export EPX_TIMEOUT_MS=8000
+    export EPX_TIMEOUT_MS=10000
     step bounds 25 "$tests/gpu_test_bounds"
     step graphs 25 "$tests/gpu_test_graph" "$(pct 60)"
     EPX_TEST_RANKS_MAX=4 step differential 50 "$tests/gpu_test_differential" "" "$(pct 3)"
@@ -98,7 +104,7 @@ section_ht1() { # high throughput in one domain, ranks share a GPU
 # ---- all GPUs ----
 
 section_ll() {
-    export EPX_TIMEOUT_MS=5000
+    export EPX_TIMEOUT_MS=10000
     EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
     EPX_LL_INBAND=0 step flags-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
     EPX_LL_INBAND=1 step inband-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
@@ -109,7 +115,7 @@ section_ll() {
     EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 step flags 20 "$tests/gpu_test_ll" "" "$(pct 10)"
 }
 section_ht() {
-    export EPX_TIMEOUT_MS=8000
+    export EPX_TIMEOUT_MS=10000
     step bounds 20 "$tests/gpu_test_bounds"
     step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
     EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "" "$(pct 2)"
@@ -118,7 +124,7 @@ section_ht() {
 bench() { # NAME ARGUMENTS...
     local name=$1
     shift
-    step "$name" 25 "$build/bin/epx" bench --backend cuda --iters 20 --ranks "$ranks" "$@"
+    EPX_TIMEOUT_MS=10000 step "$name" 25 "$build/bin/epx" bench --backend cuda --iters 20 --ranks "$ranks" "$@"
 }
 section_benchht() {
     bench bf16-16 --sms 16 --op dispatch,dispatch_cached
@@ -146,14 +152,20 @@ section_benchnet() {
     [ -n "$ofi" ] || return
     bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --no-floor --op dispatch,dispatch_cached,combine
 }
-section_python() {
-    export EPX_LIBRARY=$build/lib/libepx.so PYTHONPATH=$source/python
-    local limit="" test="python3 -m pytest -v -p no:cacheprovider --tb=short"
+pytests() { # NAME SECONDS TESTS...
+    export EPX_LIBRARY=$build/lib/libepx.so
+    local name=$1 seconds=$2 limit=""
+    shift 2
     python3 -c 'import pytest_timeout' 2>/dev/null && limit="--timeout 40"
-    step two 80 $test $limit "$source/tests/python/test_gpu.py" -k "2] or test_late or other_device"
-    step one 60 $test $limit "$source/tests/python/test_gpu.py" -k "1]"
+    step "$name" "$seconds" python3 -m pytest -v -p no:cacheprovider --tb=short $limit "$source/tests/python/test_gpu.py" "$@"
+}
+section_py1() {
+    pytests one-rank 70 -k "1]"
+}
+section_python() {
+    pytests two-ranks 100 -k "2] or test_late or other_device"
     # No torchrun: its ranks are sessions of their own, which a timeout does not end.
-    export MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
+    export EPX_TIMEOUT_MS=10000 PYTHONPATH=$source/python MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
     step cost 45 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 & p="${p:-} $!"; done
         for r in $p; do wait $r || exit 1; done' - "$source/bench/python_cost.py"
 }
@@ -181,7 +193,7 @@ sections() {
 
 section=machine
 row gpus "$gpus" 0 "$(nproc) cores, $(nvcc --version 2>/dev/null | grep -o 'release [0-9.]*'), $(python3 -V 2>&1)"
-{ nvidia-smi; nvidia-smi topo -m; lscpu; ip -br addr; free -g; } >"$out/log-main.txt" 2>&1
+{ ls -l /dev/nvidia*; timeout 20 nvidia-smi; timeout 20 nvidia-smi topo -m; lscpu; ip -br addr; free -g; } >"$out/log-main.txt" 2>&1
 if [ "$gpus" = 0 ] || ! find_or_build 120; then
     touch "$logs/failed"
     finish
@@ -193,12 +205,12 @@ find_fabric && ofi=yes
 
 if [ "$gpus" -gt 1 ]; then
     (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150) &
-    (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=90 ht1=70) &
+    (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=80 ht1=60 py1=70) &
     wait
     sections ll=80 ht=60
 else
-    sections ll1=100 net=150 ht1=80
+    sections ll1=100 net=150 ht1=80 py1=70
 fi
-sections benchll=70 benchht=60 python=130 benchnet=25 check=100
+sections benchll=70 benchht=60 python=145 benchnet=25 check=100
 finish
 [ ! -e "$logs/failed" ]
