@@ -169,17 +169,21 @@ section_python() {
     step cost 45 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 & p="${p:-} $!"; done
         for r in $p; do wait $r || exit 1; done' - "$source/bench/python_cost.py"
 }
-section_check() { # compute-sanitizer; ranks are processes, since it runs a process's kernels one after the other
+# compute-sanitizer; ranks are processes, since it runs a process's kernels one after the other.
+sanitize() { # TOOL
+    local tool=$1 sanitizer="compute-sanitizer --target-processes all --error-exitcode 9 --tool $1"
     export EPX_TIMEOUT_MS=60000
     use_fabric
-    local tool sanitizer="compute-sanitizer --target-processes all --error-exitcode 9 --tool"
-    for tool in memcheck racecheck; do
-        EPX_LL_INBAND=1 step ll-inband-$tool 25 $sanitizer $tool "$tests/gpu_test_ll" "two processes" 4
-        EPX_LL_INBAND=0 step ll-flags-$tool 25 $sanitizer $tool "$tests/gpu_test_ll" "two processes" 4
-        step bounds-$tool 25 $sanitizer $tool "$tests/gpu_test_bounds" 2
-        [ -z "$ofi" ] || EPX_CUDA_DOMAINS=1 EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp \
-            step net-$tool 25 $sanitizer $tool "$tests/gpu_test_bounds" 2
-    done
+    EPX_LL_INBAND=1 step ll-inband-$tool 40 $sanitizer "$tests/gpu_test_ll" "two processes" 4
+    [ -z "$ofi" ] || EPX_CUDA_DOMAINS=1 EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp step net-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
+    step bounds-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
+    EPX_LL_INBAND=0 step ll-flags-$tool 40 $sanitizer "$tests/gpu_test_ll" "two processes" 4
+}
+section_memcheck() {
+    sanitize memcheck
+}
+section_racecheck() {
+    sanitize racecheck
 }
 
 # sections NAME=SECONDS...: those that were chosen, each in a shell of its own, which keeps its environment
@@ -204,13 +208,15 @@ ofi=""
 find_fabric && ofi=yes
 
 if [ "$gpus" -gt 1 ]; then
-    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150) &
+    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150 memcheck=70) &
     (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=80 ht1=60 py1=70) &
     wait
     sections ll=80 ht=60
 else
     sections ll1=100 net=150 ht1=80 py1=70
 fi
-sections benchll=70 benchht=60 python=145 benchnet=25 check=100
+sections benchll=70 benchht=60 python=145 benchnet=25
+[ "$gpus" -gt 1 ] || sections memcheck=70
+sections racecheck=100
 finish
 [ ! -e "$logs/failed" ]

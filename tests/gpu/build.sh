@@ -54,13 +54,15 @@ find_or_build() { # SECONDS
         row build carried 0 "$(du -sh "$carried" | cut -f1)"
         return 0
     fi
-    local start=$SECONDS left=$((deadline - SECONDS)) verdict=passed jobs
+    local start=$SECONDS left=$((deadline - SECONDS)) verdict=passed jobs rc=0
     build=$source/build-gpu
     jobs=$(nproc)
     # A new bash, for timeout; it finds this file again.
     timeout -k 3 $((left < $1 ? left : $1)) bash -c "source='$source'; . '$source/tests/gpu/build.sh'; build_programs '$build' '$arch-real' $jobs" \
-        >"$out/build.txt" 2>&1 </dev/null || verdict=FAILED
-    if [ "$verdict" = FAILED ]; then
+        >"$out/build.txt" 2>&1 </dev/null || rc=$?
+    if [ $rc != 0 ]; then
+        verdict="FAILED ($rc)"
+        [ $rc != 124 ] || verdict=late
         touch "$logs/failed"
         grep -aE 'error|Error|FAILED' "$out/build.txt" | head -20 | cut -c1-200
     fi
