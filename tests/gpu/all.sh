@@ -153,10 +153,11 @@ section_benchnet() {
     bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --no-floor --op dispatch,dispatch_cached,combine
 }
 pytests() { # NAME SECONDS TESTS...
-    export EPX_LIBRARY=$build/lib/libepx.so
+    # Other plug-ins of pytest cost time, and may start CUDA before ranks are forked.
+    export EPX_LIBRARY=$build/lib/libepx.so PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
     local name=$1 seconds=$2 limit=""
     shift 2
-    python3 -c 'import pytest_timeout' 2>/dev/null && limit="--timeout 40"
+    python3 -c 'import pytest_timeout' 2>/dev/null && limit="-p pytest_timeout --timeout 40"
     step "$name" "$seconds" python3 -m pytest -v -p no:cacheprovider --tb=short $limit "$source/tests/python/test_gpu.py" "$@"
 }
 section_py1() {
