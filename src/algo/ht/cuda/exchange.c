@@ -141,6 +141,8 @@ static epx_status_t allocate(ht_cuda_t *h)
     cut_device(h, &device);
     cut_pinned(h, &pinned);
     error = cudaMemsetAsync(h->slab, 0, measure.at, h->device->stream);
+    if (error == cudaSuccess) /* as epx_layout does: the driver loads what fills when it is first used */
+        error = cudaMemsetAsync(h->slab, 0, 4, h->device->stream);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(h->device->stream);
     return error == cudaSuccess ? EPX_OK : epx__cuda_fail(error, "zeroing the exchange's memory");

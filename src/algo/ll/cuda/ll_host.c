@@ -137,6 +137,8 @@ static epx_status_t allocate(ll_cuda_t *ll)
     cutter_t device = {.base = ll->slab};
     cut_device(ll, &device);
     error = cudaMemsetAsync(ll->slab, 0, measure.at, ll->ht->device->stream);
+    if (error == cudaSuccess) /* as mask_set does: the driver loads what fills when it is first used */
+        error = cudaMemsetAsync(ll->masked, 0, 4, ll->ht->device->stream);
     if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&ll->order, cudaEventDisableTiming);
     if (error == cudaSuccess)
