@@ -5,7 +5,7 @@
 #   tests/gpu/all.sh carry                        on a machine without a GPU: build here, into build-carry/ (build.sh)
 #
 # For one GPU or more. What one GPU can do runs on GPU 0 and GPU 1 side by side; then what wants all of them. A section
-# that is early leaves its time to those after it; with more minutes, limits and iterations grow.
+# that is early leaves its time to those after it. With more minutes limits and iterations grow; with less, name sections.
 # Kept, in $OUT or build-gpu/out, seven files at most: summary.txt, table.txt, failures.txt, log-{main,gpu0,gpu1}.txt,
 # build.txt. Exit code 1 if anything went wrong.
 set -u
@@ -40,7 +40,7 @@ for name in "$@"; do
     fi
 done
 deadline=$(awk -v m="$minutes" 'BEGIN { print int(m * 60) - 10 }')
-scale=$(awk -v m="$minutes" 'BEGIN { print int(m * 100 / 9.5) }')
+scale=$(awk -v m="$minutes" 'BEGIN { print (m > 9.5 ? int(m * 100 / 9.5) : 100) }')
 mkdir -p "$out" "$logs"
 rm -f "$out"/{table,failures,build}.txt "$out"/log-*.txt "$logs"/*
 ulimit -c 0
@@ -55,7 +55,7 @@ finish() {
         ll_table "$ranks" "$logs"/ll-{flags,inband,inband-96}-time.log
         grep -hE '^(us  |cached|combine|low-latency)' "$logs/python-cost.log" 2>/dev/null
         timeout 10 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
-        echo "$([ -e "$logs/failed" ] && echo "SOMETHING FAILED: failures.txt, log-*.txt" || echo "all is well"), $SECONDS s"; } | tee "$out/summary.txt" | tail -c 11500
+        echo "$([ -e "$logs/failed" ] && echo "SOMETHING FAILED: failures.txt, log-*.txt" || echo "nothing failed"), no time for $(grep -c ' no time ' "$out/table.txt") steps, $SECONDS s"; } | tee "$out/summary.txt" | tail -c 11500
 }
 stop() {
     kill $(jobs -p) $(cat "$logs"/*.pid 2>/dev/null) 2>/dev/null
