@@ -78,7 +78,9 @@ void epx__fdserver_withdraw(epx__fdserver_t *server, uint64_t key);
 /* Ask another process for a descriptor; the caller closes it. */
 epx_status_t epx__fd_fetch(const epx__export_t *export_, uint64_t timeout_ms, int *fd);
 
-/* Hash of this kernel's boot id (mixed with nothing else), and this process's random number (new after fork). */
+/* Hash of this kernel's boot id (mixed with nothing else), and this process's random number (new after fork). The
+ * host's is found once, by epx__host_id_find (EPX_E_SYSTEM without a descriptor to do it with); 0 before that. */
+epx_status_t epx__host_id_find(void);
 uint64_t epx__host_id(void);
 uint64_t epx__process_id(void);
 

@@ -39,17 +39,35 @@ static uint64_t mix(uint64_t hash, const void *data, size_t bytes)
 
 #define FNV_START 0xcbf29ce484222325u
 
-uint64_t epx__host_id(void)
+static uint64_t host_found; /* 0: not yet; settled once, since what it is read from may be out of reach later */
+
+/* Without /proc the host's name is the next best. A lack of descriptors is no lack of /proc: the same host would have
+ * two numbers. */
+epx_status_t epx__host_id_find(void)
 {
     char text[64];
+    if (__atomic_load_n(&host_found, __ATOMIC_ACQUIRE) != 0)
+        return EPX_OK;
     int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
+        return epx__fail(EPX_E_SYSTEM, "reading which host this is: %s", strerror(errno));
     ssize_t got = fd >= 0 ? read(fd, text, sizeof text) : -1;
     if (fd >= 0)
         close(fd);
+    struct utsname name;
+    uint64_t found = FNV_START;
     if (got > 0)
-        return mix(FNV_START, text, (size_t)got);
-    struct utsname name; /* no /proc: the host's name is the next best */
-    return uname(&name) == 0 ? mix(FNV_START, name.nodename, strlen(name.nodename)) : FNV_START;
+        found = mix(FNV_START, text, (size_t)got);
+    else if (uname(&name) == 0)
+        found = mix(FNV_START, name.nodename, strlen(name.nodename));
+    __atomic_store_n(&host_found, found ? found : 1, __ATOMIC_RELEASE);
+    return EPX_OK;
+}
+
+uint64_t epx__host_id(void)
+{
+    (void)epx__host_id_find();
+    return __atomic_load_n(&host_found, __ATOMIC_ACQUIRE);
 }
 
 /*

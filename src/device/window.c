@@ -82,6 +82,7 @@ epx_status_t epx__window_create(epx__device_t *device, epx__fdserver_t *server, 
                                 epx__export_t *export_)
 {
     epx__window_t made;
+    EPX__TRY(epx__host_id_find());
     EPX__TRY(device->ops->window_alloc(device, bytes, &made));
     epx__export_t out;
     memset(&out, 0, sizeof out); /* it travels: no stray bytes */

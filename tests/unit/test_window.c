@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -404,8 +405,36 @@ static void test_arguments(void)
     CHECK(epx__host_id() == epx__host_id() && epx__host_id() != 0, "host number");
 }
 
+/* A host has one number, however few descriptors there are; without one that can be had, none. In a child that has not
+ * asked yet. */
+static void test_host_without_descriptors(void)
+{
+    pid_t child = fork();
+    if (child == 0) {
+        struct rlimit many, none;
+        if (getrlimit(RLIMIT_NOFILE, &many))
+            _exit(1);
+        none = many;
+        none.rlim_cur = 0;
+        if (setrlimit(RLIMIT_NOFILE, &none))
+            _exit(1);
+        if (epx__host_id_find() != EPX_E_SYSTEM || !strstr(epx__detail(), "which host") || epx__host_id() != 0)
+            _exit(2);
+        if (setrlimit(RLIMIT_NOFILE, &many) || epx__host_id_find() != EPX_OK)
+            _exit(3);
+        uint64_t found = epx__host_id();
+        if (setrlimit(RLIMIT_NOFILE, &none))
+            _exit(1);
+        _exit(found != 0 && epx__host_id() == found ? 0 : 4);
+    }
+    int end = -1;
+    CHECK(child > 0 && waitpid(child, &end, 0) == child && WIFEXITED(end) && WEXITSTATUS(end) == 0, "ended with %d",
+          WEXITSTATUS(end));
+}
+
 int main(void)
 {
+    test_host_without_descriptors();
     int shm = count_entries("/dev/shm"), descriptors = count_descriptors();
     int64_t live = epx__alloc_live();
     test_two_processes();
