@@ -279,6 +279,10 @@ static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *confi
     buffer->created = status == EPX_OK;
     if (status == EPX_OK)
         status = make_ll(buffer);
+    if (buffer->x.ll_net && group->ll_ops && group->ll_ops->start) {
+        EPX__TRY(epx__group_agree(group, status, "making a buffer's exchange"));
+        status = group->ll_ops->start(&buffer->x);
+    }
     if (status == EPX_OK)
         status = epx__bootstrap_on_death(group->bootstrap, on_death, buffer, &buffer->death_slot);
     return epx__group_agree(group, status, "making a buffer's exchange");
@@ -415,6 +419,9 @@ epx_status_t epx_buffer_get_traffic(epx_buffer_t *buffer, epx_traffic_t *traffic
         return epx__fail(EPX_E_INVALID,
                          "epx_buffer_get_traffic: traffic must not be NULL and traffic->size must be %zu",
                          sizeof *traffic);
+    const epx__ll_ops_t *ll_ops = buffer->group->ll_ops;
+    if (buffer->x.ll && ll_ops->count_traffic)
+        ll_ops->count_traffic(&buffer->x);
     *traffic = buffer->x.traffic;
     traffic->size = sizeof *traffic;
     return EPX_OK;

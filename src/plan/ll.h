@@ -51,6 +51,10 @@ typedef struct epx__ll_block {
     uint64_t spare[4];
 } epx__ll_block_t;
 
+/* Between domains (algo/ll/net.h): the memories that puts name, and the most words that one serving of a rank tells. */
+enum { EPX__LL_NET_WINDOW = 0, EPX__LL_NET_OUT = 1, EPX__LL_NET_MEMORIES = 2 };
+enum { EPX__LL_NET_WORDS = 4 }; /* each word of a line */
+
 typedef struct epx__ll_layout {
     uint32_t ranks, tokens_max, hidden_max, topk_max, slots;
     size_t row_bytes;    /* of one row place, in rows and in back: a bf16 row; an fp8 row with its scales fits in it */

@@ -32,6 +32,8 @@ typedef struct epx__ll_ops {
     const char *name;
     epx_status_t (*create)(epx__exchange_t *exchange); /* fills exchange->ll; window and imports are there */
     void (*destroy)(epx__exchange_t *exchange);
+    /* Several domains: all ranks have made theirs; tries the channels. Collective. NULL: they have been tried. */
+    epx_status_t (*start)(epx__exchange_t *exchange);
     epx_status_t (*dispatch_send)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
     epx_status_t (*dispatch_recv)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
     epx_status_t (*combine_send)(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
@@ -45,6 +47,8 @@ typedef struct epx__ll_ops {
     /* From the watcher's thread: that rank is dead. True when calls go on without it, for it is masked or will be; else
      * the buffer fails. NULL: it always fails. */
     bool (*outlives)(epx__exchange_t *exchange, int rank);
+    /* Bring exchange->traffic up to date; does not wait. NULL: it always is. */
+    void (*count_traffic)(epx__exchange_t *exchange);
 } epx__ll_ops_t;
 
 extern const epx__ll_ops_t epx__ll_cpu;

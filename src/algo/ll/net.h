@@ -7,7 +7,10 @@
  *   out  [slots][far ranks] pieces of `piece_bytes`, ordinary memory: the record of a dispatch, later the outputs that
  *        go back. A piece is filled again once the puts from it are applied there (`acked`)
  *
- * A far rank is one of another domain. Made by src/api, which knows the group; used by algo/ll/cpu.
+ * With GPUs both are one piece of pinned host memory, which kernels and the network reach: what far ranks put for the
+ * window comes to `staging`, laid out as the window's low-latency part (without the flags), and kernels bring it on.
+ *
+ * A far rank is one of another domain. Made by src/api, which knows the group; used by algo/ll/cpu and algo/ll/cuda.
  */
 #ifndef EPX_ALGO_LL_NET_H
 #define EPX_ALGO_LL_NET_H
@@ -16,18 +19,26 @@
 #include "plan/ll.h"
 #include "plan/topology.h"
 
-enum { EPX__LL_NET_WINDOW = 0, EPX__LL_NET_OUT = 1, EPX__LL_NET_MEMORIES = 2 };
-enum { EPX__LL_NET_WORDS = 4 }; /* adds that one serving may push: each word of a line */
-
 typedef struct epx__ll_net {
     epx__channels_t *channels; /* one to each far rank */
     uint8_t *out;
+    uint8_t *staging; /* NULL on the CPU: far ranks put into the window itself */
     size_t piece_bytes;
     uint32_t far;    /* how many */
     uint8_t *wanted; /* [ranks] 1: far */
     int32_t *place;  /* [ranks] among the far ranks; -1 of one's own domain */
-    bool help;       /* fewer cores than ranks and proxies: who waits steps the proxies itself */
+    bool help;       /* CPU: fewer cores than ranks and proxies: who waits steps the proxies itself */
+    /* src/api's own */
+    uint8_t *memory;         /* what `out` and `staging` are cut from */
+    uint64_t *tickets;       /* of GPU producers */
+    bool pinned, pinned_too; /* that memory; the channels' block */
 } epx__ll_net_t;
+
+/* Bytes of the window's low-latency part that far ranks put to: words, records, outputs. */
+static inline size_t epx__ll_net_staging_bytes(const epx__ll_layout_t *layout)
+{
+    return layout->row_flags_offset - layout->words_offset;
+}
 
 static inline size_t epx__ll_net_out_at(const epx__ll_net_t *net, uint64_t slot, int rank)
 {

@@ -366,6 +366,7 @@ static void fault_own(ht_cuda_t *h, const ht_host_t *r)
                                          [HT_STAGE_RAIL] = "to send its message from another domain",
                                          [HT_STAGE_COME] = "to send what comes from another domain",
                                          [HT_STAGE_ROOM] = "to make room in its receive ring in another domain",
+                                         [HT_STAGE_CHANNEL] = "to make room in the channel to it",
                                          [HT_STAGE_STAGED] = "to put up its expert outputs"};
     epx_status_t status = (epx_status_t)r->status;
     unsigned long long half = (unsigned long long)r->sequence, expected = (unsigned long long)r->expected,

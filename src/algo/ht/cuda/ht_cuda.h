@@ -44,7 +44,8 @@ enum ht_stage {
     HT_STAGE_COME,     /* waiting for what comes from another domain */
     HT_STAGE_ROOM,     /* waiting for credit of the rail */
     HT_STAGE_STAGED,   /* waiting for rows that the peer stages */
-    HT_STAGE_GONE      /* the rail has left or cannot be reached */
+    HT_STAGE_CHANNEL,  /* waiting for room in the channel to a rank of another domain */
+    HT_STAGE_GONE      /* the rank in another domain has left or cannot be reached */
 };
 
 /* In device memory, one per exchange. Kernels of one exchange run one after another. */

@@ -12,12 +12,10 @@
 #include <cuda_runtime.h>
 #include <string.h>
 
-#include "algo/ll/cuda/ll_number.cuh"
-#include "algo/ll/cuda/ll_wait.cuh"
+#include "algo/ll/cuda/ll_row.cuh"
 
 #define COPIERS_MOST 28u
 #define TELLERS 4u
-#define BATCH 4u /* rows that a thread has in flight */
 
 typedef struct ll_head {
     uint64_t n, slot;
@@ -55,78 +53,23 @@ EPX__DEVICE uint32_t rows_to_push(const ll_combine_t &p)
 }
 EPX__DEVICE bool goes_home(const ll_combine_t &p, const ll_back_t &b)
 {
-    return b.row >= 0 && !p.l.masked[b.source];
-}
-
-EPX__DEVICE void push_plain(const ll_combine_t &p, uint32_t copiers, const char *from, char *to)
-{
-    uint32_t bytes = p.l.hidden * 2;
-    for (uint32_t at = threadIdx.x * 16; at < bytes; at += 2 * copiers * 512) {
-        uint32_t second = at + copiers * 512;
-        uint4 a = ld_global_16(from + at), b;
-        if (second < bytes)
-            b = ld_global_16(from + second);
-        st_global_16(to + at, a);
-        if (second < bytes)
-            st_global_16(to + second, b);
-    }
-}
-
-/* Weighted sum over my experts of one token, in top-k order. */
-EPX__DEVICE void push_sum(const ll_combine_t &p, uint32_t copiers, const ll_back_t &b, char *to)
-{
-    const ll_common_t &l = p.l;
-    uint32_t lane = threadIdx.x % 32, bytes = l.hidden * 2;
-    size_t at_pos = (size_t)b.row * l.topk + lane;
-    int32_t pos = lane < l.topk ? l.r.pos[at_pos] : -1;
-    float weight = pos >= 0 ? l.r.weights[at_pos] : 0.0f;
-    uint32_t mine = __ballot_sync(ALL_LANES, pos >= 0);
-    for (uint32_t base = threadIdx.x / 32 * 512; base < bytes; base += copiers * 512) {
-        uint32_t at = base + lane * 16;
-        float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        for (uint32_t m = mine; m;) {
-            uint4 v[BATCH];
-            float w[BATCH];
-            uint32_t have = 0;
-#pragma unroll
-            for (uint32_t i = 0; i < BATCH; i++) {
-                int k = m ? __ffs((int)m) - 1 : 0;
-                size_t row = (size_t)__shfl_sync(ALL_LANES, pos, k);
-                w[i] = __shfl_sync(ALL_LANES, weight, k);
-                if (m) {
-                    v[i] = at < bytes ? ld_global_16(p.x + row * bytes + at) : make_uint4(0, 0, 0, 0);
-                    have = i + 1;
-                }
-                m &= m - 1;
-            }
-#pragma unroll
-            for (uint32_t i = 0; i < BATCH; i++)
-                if (i < have)
-                    add8(acc, v[i], w[i], true);
-        }
-        if (at < bytes)
-            st_global_16(to + at, round8(acc));
-    }
+    return b.row >= 0 && !p.l.masked[b.source] && ll_near(p.l, b.source);
 }
 
 static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
 {
     const ll_common_t &l = p.l;
-    uint32_t count = rows_to_push(p), done = 0, places = l.topk, i = blockIdx.x;
+    uint32_t count = rows_to_push(p), done = 0, i = blockIdx.x;
     ll_back_t b = i < count ? row_to_push(p, i) : ll_back_t{-1, 0, 0, 0};
     while (i < count) {
         uint32_t next = i + gridDim.x;
         ll_back_t later = next < count ? row_to_push(p, next) : b;
         if (goes_home(p, b)) {
+            char *to = home_row(l, h, b);
             if (p.pre_reduced)
-                push_sum(p, h.copiers, b, home_row(l, h, b));
-            else if (p.by_rank) { /* rank-major: a row of its own, the same for every choice */
-                int32_t row = -1;
-                for (uint32_t k = 0; row < 0 && k < places; k++)
-                    row = l.r.pos[(size_t)b.row * places + k];
-                push_plain(p, h.copiers, p.x + (size_t)row * l.hidden * 2, home_row(l, h, b));
-            } else
-                push_plain(p, h.copiers, p.x + (size_t)b.row * l.hidden * 2, home_row(l, h, b));
+                push_sum(p, threadIdx.x / 32, h.copiers, b.row, to);
+            else
+                push_plain(p, threadIdx.x / 32, h.copiers, p.by_rank ? ranked_row(p, b.row) : b.row, to);
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0)
@@ -271,7 +214,7 @@ static __device__ void tell_left_out(const ll_combine_t &p, const ll_head_t &h)
     const ll_common_t &l = p.l;
     for (int r = (int)(threadIdx.x % 32); r < l.c.ranks; r += 32) {
         bool unheard = l.mask_on_timeout && *(volatile uint32_t *)&l.r.decided[r] != ll_decision(h.n, 1);
-        if (l.masked[r] || unheard)
+        if (ll_near(l, r) && (l.masked[r] || unheard))
             st_release_sys_u64(&ll_words(l, l.c.peers[r], h.slot, l.c.rank)->left_out, h.n);
     }
     __syncwarp();

@@ -50,7 +50,36 @@ typedef struct ll_record {
     uint32_t *decided;    /* [ranks] 0, 1 heard, 2 given up: the first to know decides for all blocks */
     uint32_t *asked;      /* [ranks] I sent to it */
     uint32_t *gone;       /* [ranks] given up or left out in combine */
+    /* Between domains. The row at which outputs begin in `back`: [0] with a row a choice, [1] with a row a token. */
+    uint32_t *first;       /* [2][ranks] each rank's in mine */
+    uint32_t *first_there; /* [2][ranks] mine in each source's */
 } ll_record_t;
+
+/* What this rank has to say to a far rank in one slot: words by their place in epx__ll_words_t (algo/ll/net.h). */
+enum { LL_DISPATCHED = 0, LL_COMBINED = 1, LL_TAKEN = 2, LL_LEFT_OUT = 3, LL_WORDS = 4 };
+typedef struct ll_line {
+    uint64_t want[LL_WORDS]; /* what its words should be */
+    uint64_t told[LL_WORDS]; /* what they are once all that was pushed is applied */
+    uint64_t put;            /* requests issued to it when the last put from this piece of `out` was pushed */
+    uint64_t spare;
+} ll_line_t;
+
+/* Ways to the ranks of other domains (ll_far.cuh). A far rank is known by its place among them. */
+typedef struct ll_far {
+    uint32_t count;
+    const int32_t *rank_of;             /* [count] */
+    const epx_port_channel_t *channels; /* [count] */
+    char *staging;                      /* pinned host memory: the window's low-latency part, as far ranks put it */
+    char *out;                          /* pinned host memory, [slots][count] pieces: on their way out */
+    uint64_t piece_bytes;
+    ll_line_t *lines;   /* [slots][count] */
+    uint32_t *pending;  /* [count] 1: some word is wanted and not told */
+    uint32_t *agreed;   /* [count] what the blocks of the running kernel agreed on */
+    uint32_t *arrived;  /* [count] of them have done their part; 0 between kernels */
+    uint64_t *left_ns;  /* [count] when it was first seen that it takes nothing more; 0 it does */
+    uint64_t *sent;     /* [count][2] bytes and puts, ever */
+    uint64_t *sent_too; /* the same in pinned host memory */
+} ll_far_t;
 
 typedef struct ll_common {
     ht_common_t c;
@@ -61,9 +90,11 @@ typedef struct ll_common {
     uint64_t *taken, *combined; /* [slots] to be told by the next kernel */
     uint64_t *owed;             /* [slots][ranks] the call in which that rank was given up there; 0 nobody */
     /* In-band kernels alone; 0 never. */
-    uint64_t *spoilt;   /* [slots][ranks] from that call on, its rows' places there may hold what nobody took */
-    uint64_t *unread;   /* [slots][ranks] the call whose outputs from it were pushed here, and not added yet */
-    epx__experts_t map; /* device pointers */
+    uint64_t *spoilt;     /* [slots][ranks] from that call on, its rows' places there may hold what nobody took */
+    uint64_t *unread;     /* [slots][ranks] the call whose outputs from it were pushed here, and not added yet */
+    const int32_t *place; /* device, [ranks] among the far ranks, -1 near; NULL: all are near */
+    ll_far_t far;         /* with one domain nothing */
+    epx__experts_t map;   /* device pointers */
     uint32_t hidden, topk, tokens, local_experts, slots;
     uint32_t mask_on_timeout, ranked; /* ranked: rank-major */
     int64_t *wait_ns;
@@ -99,6 +130,46 @@ typedef struct ll_combine {
     char *out;
     float *weight_left;
 } ll_combine_t;
+
+/*
+ * Between domains, around the kernels above: `send` and `home` put what is for far ranks into `out` and push it; `take`
+ * and `back` bring what has come to `staging` on into the own window, as if near ranks had stored it there. A far
+ * rank's part in a call is a unit; it is shared by `parts` blocks.
+ */
+typedef struct ll_far_dispatch {
+    ll_dispatch_t d;
+    uint32_t parts, stride; /* stride: of a record's rows */
+} ll_far_dispatch_t;
+
+typedef struct ll_far_combine {
+    ll_combine_t c;
+    uint32_t parts;
+} ll_far_combine_t;
+
+/* Trying the channels, as ht_try_t. */
+typedef struct ll_far_try {
+    ll_far_t far;
+    uint32_t memory;
+    const uint64_t *barrier;
+    uint64_t barrier_offset;
+    int32_t rank;
+    int32_t *status, *peer; /* pinned host memory */
+} ll_far_try_t;
+
+#ifndef LL_FAR_WARPS /* tests/emulate takes fewer */
+#define LL_FAR_WARPS 16u
+#endif
+#define LL_FAR_THREADS (LL_FAR_WARPS * 32u)
+#define LL_FAR_MOST 1024u /* ranks of other domains */
+#define LL_FAR_PARTS 8u   /* blocks that share a unit, at most */
+
+int epx__ll_launch_far_send(const ll_far_dispatch_t *p, uint32_t blocks, void *stream);
+int epx__ll_launch_far_take(const ll_far_dispatch_t *p, uint32_t blocks, void *stream);
+int epx__ll_launch_far_home(const ll_far_combine_t *p, uint32_t blocks, void *stream);
+int epx__ll_launch_far_back(const ll_far_combine_t *p, uint32_t blocks, void *stream);
+int epx__ll_launch_far_try(const ll_far_try_t *p, void *stream);
+int epx__ll_load_far_dispatch(void *stream);
+int epx__ll_load_far_combine(void *stream);
 
 /* Bytes of ids, bitmaps and counts before each word. */
 static inline uint64_t ll_index_bytes(uint64_t pairs, uint64_t parts, uint64_t words)

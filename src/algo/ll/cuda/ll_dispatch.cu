@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "algo/ll/cuda/ll_index.cuh"
-#include "algo/ll/cuda/ll_number.cuh"
+#include "algo/ll/cuda/ll_row.cuh"
 
 EPX__DEVICE void team_sync(uint32_t team)
 {
@@ -49,6 +49,8 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
     if (threadIdx.x / 32 == LL_THREADS / 32 - 1)
         ll_tell_finished(l);
     for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS) {
+        if (!ll_near(l, r))
+            continue;
         uint64_t owed = l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)r];
         uint32_t masked = l.masked[r];
         int credit = masked ? LL_ABSENT : credit_of(l, h, r);
@@ -65,7 +67,7 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
         bad += id != given;
         for (int k = 1; k <= l.c.ranks; k++) {
             int r = (l.c.rank + k) % l.c.ranks;
-            if (!l.masked[r])
+            if (!l.masked[r] && ll_near(l, r))
                 st_relaxed_sys_u64(&ll_ids(l, l.c.peers[r], h.slot, l.c.rank)[i], ll_stamped((uint32_t)id, h.n));
         }
     }
@@ -75,12 +77,12 @@ static __device__ void send_ids(const ll_dispatch_t &p, ll_head_t &h)
         uint32_t weight = __float_as_uint(p.topk_weights[i]);
         for (int k = 1; k <= l.c.ranks; k++) {
             int r = (l.c.rank + k) % l.c.ranks;
-            if (!l.masked[r])
+            if (!l.masked[r] && ll_near(l, r))
                 st_relaxed_sys_u64(&ll_weights(l, l.c.peers[r], h.slot, l.c.rank)[i], ll_stamped(weight, h.n));
         }
     }
     for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS)
-        if (!l.masked[r])
+        if (!l.masked[r] && ll_near(l, r))
             st_relaxed_sys_u64(ll_block(l, l.c.peers[r], h.slot, l.c.rank), ll_stamped(p.stamp_shape, h.n));
     __syncthreads();
     if (threadIdx.x == 0)
@@ -100,46 +102,18 @@ EPX__DEVICE uint32_t wanted(const ll_common_t &l, uint32_t token, int *rank)
     return __ballot_sync(ALL_LANES, first);
 }
 
-/* A lane's two vectors of a piece of 512 elements. */
-template <bool fp8>
-EPX__DEVICE uint32_t second_of(uint32_t e)
-{
-    return fp8 ? e + 8 : e + 256;
-}
-template <bool fp8>
-EPX__DEVICE void load_piece(const ll_dispatch_t &p, uint32_t token, uint32_t at, uint4 *a, uint4 *b)
-{
-    const ll_common_t &l = p.l;
-    const char *x = p.x + (size_t)token * l.hidden * 2;
-    uint32_t e = at + threadIdx.x % 32 * (fp8 ? 16 : 8), f = second_of<fp8>(e);
-    uint4 zero = make_uint4(0, 0, 0, 0);
-    *a = e < l.hidden ? ld_global_16(x + (size_t)e * 2) : zero;
-    *b = f < l.hidden ? ld_global_16(x + (size_t)f * 2) : zero;
-}
-
 template <bool fp8>
 EPX__DEVICE void send_piece(const ll_dispatch_t &p, const ll_head_t &h, uint32_t token, uint32_t at, uint32_t ranks,
                             int rank, uint4 a, uint4 b)
 {
     const ll_common_t &l = p.l;
-    uint32_t lane = threadIdx.x % 32, e = at + lane * (fp8 ? 16 : 8), f = second_of<fp8>(e);
     float scale = 0.0f;
     if (fp8)
         a = quantise16(a, b, p.round_scale || p.ue8m0, &scale);
     for (uint32_t m = ranks; m; m &= m - 1) {
         int r = __shfl_sync(ALL_LANES, rank, __ffs((int)m) - 1);
         char *row = l.c.peers[r] + epx__ll_row_at(&l.c.layout.ll, h.slot, (uint32_t)l.c.rank, token);
-        if (fp8) {
-            if (e < l.hidden)
-                st_global_16(row + e, a);
-            if (e < l.hidden && lane % 8 == 0)
-                *(volatile float *)(row + l.hidden + e / 128 * 4) = scale;
-        } else {
-            if (e < l.hidden)
-                st_global_16(row + (size_t)e * 2, a);
-            if (f < l.hidden)
-                st_global_16(row + (size_t)f * 2, b);
-        }
+        store_piece<fp8>(row, l.hidden, at, a, b, scale);
     }
 }
 
@@ -154,7 +128,7 @@ static __device__ void send_rows(const ll_dispatch_t &p, ll_head_t &h)
         uint4 a, b;
         load_piece<fp8>(p, t, w * 512, &a, &b); /* while it is found out where to */
         uint32_t ranks = wanted(l, t, &rank);
-        bool mine = ranks >> lane & 1;
+        bool mine = (ranks >> lane & 1) && ll_near(l, rank);
         uint32_t masked = mine ? l.masked[rank] : 1;
         int credit = !mine || (masked && !l.mask_on_timeout) ? LL_ABSENT : credit_of(l, h, rank);
         credit = masked ? LL_ABSENT : credit;
@@ -230,27 +204,6 @@ EPX__DEVICE int32_t place_among_ranks(const ll_common_t &l, const ll_head_t &h, 
     return place;
 }
 
-/* Exclusive sum over the block, *total the whole. */
-EPX__DEVICE uint32_t scan_block(uint32_t n, uint32_t *sums, uint32_t *total)
-{
-    uint32_t lane = threadIdx.x % 32, w = threadIdx.x / 32, up = n;
-    for (int d = 1; d < 32; d *= 2) {
-        uint32_t other = __shfl_up_sync(ALL_LANES, up, d);
-        up += lane >= (uint32_t)d ? other : 0;
-    }
-    if (lane == 31)
-        sums[w] = up;
-    __syncthreads();
-    uint32_t before = 0, all = 0;
-    for (uint32_t i = 0; i < LL_THREADS / 32; i++) {
-        before += i < w ? sums[i] : 0;
-        all += sums[i];
-    }
-    __syncthreads();
-    *total = all;
-    return before + up - n;
-}
-
 /* What combine returns, in token order, so that every owner's first tokens are complete first. */
 static __device__ void book_lists(const ll_dispatch_t &p, const ll_head_t &h, const ll_index_t &x)
 {
@@ -270,7 +223,7 @@ static __device__ void book_lists(const ll_dispatch_t &p, const ll_head_t &h, co
         uint32_t u = source * places + t;
         for (uint32_t k = 0; q < all && k < l.topk; k++)
             n += x.ids[u * l.topk + k] != LL_NONE;
-        uint32_t at = outputs + scan_block(source == (uint32_t)l.c.rank ? 0 : n, sums, &total);
+        uint32_t at = outputs + scan_block<LL_THREADS / 32>(source == (uint32_t)l.c.rank ? 0 : n, sums, &total);
         outputs += total;
         for (uint32_t k = 0; n && source != (uint32_t)l.c.rank && k < l.topk; k++) {
             uint32_t e = x.ids[u * l.topk + k];
@@ -278,7 +231,7 @@ static __device__ void book_lists(const ll_dispatch_t &p, const ll_head_t &h, co
                 l.r.list[at++] = ll_back_t{(int32_t)(l.ranked ? 0 : e * all + place_of(p, x, e, u)), (int32_t)source,
                                            (int32_t)t, (int32_t)k};
         }
-        at = pairs + scan_block(n != 0, sums, &total);
+        at = pairs + scan_block<LL_THREADS / 32>(n != 0, sums, &total);
         pairs += total;
         if (n)
             l.r.rank_list[at] = ll_back_t{(int32_t)u, (int32_t)source, (int32_t)t, place_among_ranks(l, h, source, t)};

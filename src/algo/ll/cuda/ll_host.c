@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "algo/ht/cuda/host.h"
+#include "algo/ll/cuda/ll_far_host.h"
 #include "algo/ll/cuda/ll_inband.h"
 #include "algo/ll/cuda/ll_cuda.h"
 #include "algo/ll/ll.h"
@@ -31,22 +32,10 @@ typedef struct ll_cuda {
     cudaEvent_t order;
     cudaStream_t order_stream;
     bool ordered;
+    ll_far_host_t *far; /* NULL: one domain */
 } ll_cuda_t;
 
 /* ---- memory ---- */
-
-typedef struct cutter {
-    char *base;
-    size_t at;
-} cutter_t;
-
-static void *cut(cutter_t *c, size_t count, size_t bytes)
-{
-    c->at = (c->at + 255) / 256 * 256;
-    void *piece = c->base ? c->base + c->at : NULL;
-    c->at += count * bytes;
-    return piece;
-}
 
 /* The most experts that a call can find on this rank. */
 static size_t experts_here(const epx__exchange_t *x)
@@ -55,42 +44,45 @@ static size_t experts_here(const epx__exchange_t *x)
     return x->config.expert_rank ? experts : (experts + ranks - 1) / ranks;
 }
 
-static void cut_device(ll_cuda_t *ll, cutter_t *c)
+static void cut_device(ll_cuda_t *ll, ll_cutter_t *c)
 {
     const epx__exchange_t *x = ll->exchange;
     const epx__ll_layout_t *l = &x->layout.ll;
     size_t ranks = l->ranks, rows = ranks * l->tokens_max, pairs = rows * l->topk_max;
-    ll->state = cut(c, 1, sizeof *ll->state);
-    ll->masked = cut(c, ranks, 4);
-    ll->taken = cut(c, l->slots, 8);
-    ll->combined = cut(c, l->slots, 8);
-    ll->owed = cut(c, l->slots * ranks, 8);
-    ll->spoilt = cut(c, l->slots * ranks, 8);
-    ll->unread = cut(c, l->slots * ranks, 8);
+    ll->state = ll_cut(c, 1, sizeof *ll->state);
+    ll->masked = ll_cut(c, ranks, 4);
+    ll->taken = ll_cut(c, l->slots, 8);
+    ll->combined = ll_cut(c, l->slots, 8);
+    ll->owed = ll_cut(c, l->slots * ranks, 8);
+    ll->spoilt = ll_cut(c, l->slots * ranks, 8);
+    ll->unread = ll_cut(c, l->slots * ranks, 8);
     for (uint32_t i = 0; i < l->slots; i++) {
         ll_record_t *r = &ll->records[i];
-        r->number = cut(c, 2, 8);
-        r->pos = cut(c, pairs, 4);
-        r->weights = cut(c, pairs, 4);
-        r->list = cut(c, pairs, sizeof(ll_back_t));
-        r->rank_list = cut(c, rows, sizeof(ll_back_t));
-        r->list_count = cut(c, 2, 4);
-        r->decided = cut(c, ranks, 4);
-        r->asked = cut(c, ranks, 4);
-        r->gone = cut(c, ranks, 4);
+        r->number = ll_cut(c, 2, 8);
+        r->pos = ll_cut(c, pairs, 4);
+        r->weights = ll_cut(c, pairs, 4);
+        r->list = ll_cut(c, pairs, sizeof(ll_back_t));
+        r->rank_list = ll_cut(c, rows, sizeof(ll_back_t));
+        r->list_count = ll_cut(c, 2, 4);
+        r->decided = ll_cut(c, ranks, 4);
+        r->asked = ll_cut(c, ranks, 4);
+        r->gone = ll_cut(c, ranks, 4);
+        r->first = ll_cut(c, 2 * ranks, 4);
+        r->first_there = ll_cut(c, 2 * ranks, 4);
         if (x->config.ll_zero_copy)
-            ll->zero_copy[i] = cut(c, experts_here(x) * rows, (size_t)l->hidden_max * 2);
+            ll->zero_copy[i] = ll_cut(c, experts_here(x) * rows, (size_t)l->hidden_max * 2);
     }
     uint64_t index = ll_index_bytes(pairs, experts_here(x), (rows + 31) / 32);
-    ll->index = index > LL_SHARED_MOST ? cut(c, index, 1) : NULL;
+    ll->index = index > LL_SHARED_MOST ? ll_cut(c, index, 1) : NULL;
 }
 
-/* In-band arrival: asked for, and a shape that its kernels know. From what is equal on all ranks alone. */
+/* In-band arrival: asked for, one domain, and a shape that its kernels know. From what is equal on all ranks alone. */
 static bool inband_fits(const epx__exchange_t *x)
 {
     const epx__ll_layout_t *l = &x->layout.ll;
     uint64_t rows = (uint64_t)l->ranks * l->tokens_max;
-    return x->ll_inband && l->ranks <= LL_INBAND_RANKS_MOST && x->config.experts_max <= LL_INBAND_EXPERTS_MOST &&
+    return x->ll_inband && !x->ll_net && l->ranks <= LL_INBAND_RANKS_MOST &&
+           x->config.experts_max <= LL_INBAND_EXPERTS_MOST &&
            ll_index_bytes(rows * l->topk_max, experts_here(x), (rows + 31) / 32) <= LL_SHARED_MOST;
 }
 
@@ -118,7 +110,7 @@ static cudaError_t prepare_kernels(const ll_cuda_t *ll)
 static epx_status_t allocate(ll_cuda_t *ll)
 {
     const epx__ll_layout_t *l = &ll->exchange->layout.ll;
-    cutter_t measure = {0};
+    ll_cutter_t measure = {0};
     ll->records = epx__calloc(l->slots, sizeof *ll->records);
     ll->zero_copy = epx__calloc(l->slots, sizeof *ll->zero_copy);
     ll->masked_by_caller = epx__calloc(l->ranks, 1);
@@ -134,7 +126,7 @@ static epx_status_t allocate(ll_cuda_t *ll)
     if (error != cudaSuccess)
         return epx__fail(EPX_E_NOMEM, "pinned host memory for low latency: %s", cudaGetErrorString(error));
     memset(ll->gave_up, 0, l->ranks * 4ull);
-    cutter_t device = {.base = ll->slab};
+    ll_cutter_t device = {.base = ll->slab};
     cut_device(ll, &device);
     error = cudaMemsetAsync(ll->slab, 0, measure.at, ll->ht->device->stream);
     if (error == cudaSuccess) /* as mask_set does: the driver loads what fills when it is first used */
@@ -145,11 +137,16 @@ static epx_status_t allocate(ll_cuda_t *ll)
         error = prepare_kernels(ll);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(ll->ht->device->stream);
-    return error == cudaSuccess ? EPX_OK : epx__cuda_fail(error, "making low latency");
+    if (error != cudaSuccess)
+        return epx__cuda_fail(error, "making low latency");
+    return ll->far ? epx__ll_far_make(ll->far, ll->exchange) : EPX_OK;
 }
 
 static void release(ll_cuda_t *ll)
 {
+    if (ll->far)
+        epx__ll_far_release(ll->far);
+    epx__free(ll->far);
     if (ll->order)
         (void)cudaEventDestroy(ll->order);
     (void)cudaFree(ll->slab);
@@ -163,11 +160,6 @@ static void release(ll_cuda_t *ll)
 static epx_status_t create(epx__exchange_t *exchange)
 {
     int before;
-    if (exchange->topology->domains > 1)
-        return epx__fail(
-            EPX_E_UNSUPPORTED,
-            "low latency between domains works on the CPU backend so far; with GPUs all %d ranks must share one domain",
-            exchange->topology->ranks);
     if (experts_here(exchange) >= LL_NONE)
         return epx__fail(EPX_E_INVALID, "low latency on GPUs: at most %u experts on a rank", LL_NONE - 1);
     ll_cuda_t *ll = epx__calloc(1, sizeof *ll);
@@ -176,20 +168,44 @@ static epx_status_t create(epx__exchange_t *exchange)
     ll->exchange = exchange;
     ll->ht = exchange->impl;
     ll->inband = inband_fits(exchange);
+    ll->far = exchange->ll_net ? epx__calloc(1, sizeof *ll->far) : NULL;
+    if (exchange->ll_net && !ll->far) {
+        epx__free(ll);
+        return epx__fail(EPX_E_NOMEM, "no memory for low latency between domains");
+    }
     if (exchange->ll_inband && exchange->rank == 0)
         epx__log(2, "low latency: %s",
                  ll->inband ? "rows are their own arrival signal (EPX_LL_INBAND); not measured yet"
-                            : "this shape takes flags, though EPX_LL_INBAND is 1");
+                            : "this shape, or several domains, take flags, though EPX_LL_INBAND is 1");
     epx_status_t status = epx__cuda_enter(ll->ht->ordinal, &before);
     if (status == EPX_OK) {
         status = allocate(ll);
         if (status != EPX_OK)
             release(ll);
         epx__cuda_leave(exchange->device->ordinal, before);
+    } else {
+        release(ll);
     }
     if (status == EPX_OK)
         exchange->ll = ll;
     return status;
+}
+
+static epx_status_t start(epx__exchange_t *exchange)
+{
+    ll_cuda_t *ll = exchange->ll;
+    int before;
+    EPX__TRY(epx__cuda_enter(ll->ht->ordinal, &before));
+    epx_status_t status = epx__ll_far_try(ll->far);
+    epx__cuda_leave(ll->ht->ordinal, before);
+    return status;
+}
+
+static void count_traffic(epx__exchange_t *exchange)
+{
+    ll_cuda_t *ll = exchange->ll;
+    if (ll->far)
+        epx__ll_far_count(ll->far);
 }
 
 /* Local and bounded: a kernel that still runs has a deadline, and the abort word ends its waits. */
@@ -267,6 +283,7 @@ static ll_common_t common(const ll_cuda_t *ll, const epx__ll_call_t *call, uint3
                            .layout = x->layout,
                            .state = ll->ht->state,
                            .host = ll->ht->host,
+                           .rails = ll->ht->rails,
                            .timeout_ns = (timeout_ms ? timeout_ms : x->config.timeout_ms) * 1000000u,
                            .kind = kind},
                      .state = ll->state,
@@ -288,6 +305,10 @@ static ll_common_t common(const ll_cuda_t *ll, const epx__ll_call_t *call, uint3
                      .ranked = d->order == EPX_LL_RANK_MAJOR,
                      .bits = d->topk_idx_bits,
                      .topk_idx = d->topk_idx};
+    if (ll->far) {
+        l.place = ll->far->place;
+        l.far = ll->far->far;
+    }
     l.map.rank_of = call->map.rank_of ? ll->ht->rank_of : NULL;
     l.map.local_of = call->map.rank_of ? ll->ht->local_of : NULL;
     return l;
@@ -409,6 +430,18 @@ static int launch_both(const ll_cuda_t *ll, ll_dispatch_t p, uint32_t blocks, cu
     return epx__ll_launch_dispatch(&p, blocks, shared, stream);
 }
 
+/* Between domains: each half of the domain comes after that of the far ranks. */
+static int launch_far(const ll_cuda_t *ll, const ll_dispatch_t *p, uint32_t blocks, bool send, bool recv,
+                      cudaStream_t stream)
+{
+    int error = send ? epx__ll_far_send(ll->far, p, blocks, stream) : 0;
+    if (error == 0 && send)
+        error = launch_send(*p, blocks, stream);
+    if (error == 0 && recv)
+        error = epx__ll_far_take(ll->far, p, blocks, stream);
+    return error == 0 && recv ? launch_recv(ll, *p, blocks, stream) : error;
+}
+
 static epx_status_t run_dispatch(epx__exchange_t *exchange, const epx__ll_call_t *call, epx_stream_t stream, bool send,
                                  bool recv)
 {
@@ -418,7 +451,9 @@ static epx_status_t run_dispatch(epx__exchange_t *exchange, const epx__ll_call_t
     ll_dispatch_t p = dispatch_of(ll, call);
     uint32_t blocks = blocks_of(ll, call->dispatch.sms);
     int error;
-    if (ll->inband)
+    if (ll->far)
+        error = launch_far(ll, &p, blocks, send, recv, s.stream);
+    else if (ll->inband)
         error = launch_inband(p, blocks, send, recv, s.stream);
     else if (send && recv)
         error = launch_both(ll, p, blocks, s.stream);
@@ -442,6 +477,24 @@ static epx_status_t dispatch(epx__exchange_t *exchange, epx__ll_call_t *call, ep
 
 /* ---- combine ---- */
 
+static int launch_combine_far(const ll_cuda_t *ll, ll_combine_t p, uint32_t blocks, cudaStream_t stream)
+{
+    bool send = p.send, recv = p.recv;
+    int error = 0;
+    if (send) {
+        p.recv = 0;
+        error = epx__ll_far_home(ll->far, &p, blocks, stream);
+        error = error ? error : epx__ll_launch_combine(&p, blocks, stream);
+    }
+    if (error == 0 && recv) {
+        p.send = 0;
+        p.recv = 1;
+        error = epx__ll_far_back(ll->far, &p, blocks, stream);
+        error = error ? error : epx__ll_launch_combine(&p, blocks, stream);
+    }
+    return error;
+}
+
 static epx_status_t run_combine(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream, uint32_t send,
                                 uint32_t recv)
 {
@@ -459,9 +512,13 @@ static epx_status_t run_combine(epx__exchange_t *exchange, epx__ll_call_t *call,
     p.by_rank = p.pre_reduced || p.l.ranked;
     p.l.topk_idx = c->topk_idx;
     EPX__TRY(scope_open(exchange, stream, &s));
-    int (*launch)(const ll_combine_t *, uint32_t, void *) =
-        ll->inband ? epx__ll_launch_inband_combine : epx__ll_launch_combine;
-    return scope_close(&s, launch(&p, blocks_of(ll, c->sms), stream), "launching ll_combine");
+    uint32_t blocks = blocks_of(ll, c->sms);
+    int error;
+    if (ll->far)
+        error = launch_combine_far(ll, p, blocks, s.stream);
+    else
+        error = (ll->inband ? epx__ll_launch_inband_combine : epx__ll_launch_combine)(&p, blocks, s.stream);
+    return scope_close(&s, error, "launching ll_combine");
 }
 
 static epx_status_t combine_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
@@ -519,4 +576,6 @@ const epx__ll_ops_t epx__ll_cuda = {
     .combine_buffer = combine_buffer,
     .mask_set = mask_set,
     .mask_get = mask_get,
+    .start = start,
+    .count_traffic = count_traffic,
 };

@@ -11,6 +11,11 @@ enum { LL_STOP = 0, LL_CAME = 1, LL_ABSENT = 2 };
 
 #define ALL_LANES 0xffffffffu
 
+/* Is rank r in my domain? Then its window is mapped here; else ll_far.cuh serves it. */
+EPX__DEVICE bool ll_near(const ll_common_t &l, int r)
+{
+    return !l.place || l.place[r] < 0;
+}
 EPX__DEVICE epx__ll_words_t *ll_words(const ll_common_t &l, char *window, uint64_t slot, int from)
 {
     return (epx__ll_words_t *)(window + epx__ll_words_at(&l.c.layout.ll, slot, (uint32_t)from));
@@ -136,12 +141,15 @@ EPX__DEVICE bool ll_settled(const ll_common_t &l, uint64_t n, uint64_t slot, int
     return true;
 }
 
-/* One warp: tell what earlier kernels of this buffer finished. They are over: one fence, then plain words. */
+/* One warp: tell near ranks what earlier kernels of this buffer finished. They are over: one fence, then plain words.
+ */
 EPX__DEVICE void ll_tell_finished(const ll_common_t &l)
 {
     fence_acq_rel_sys();
     for (uint32_t i = threadIdx.x % 32; i < l.slots * (uint32_t)l.c.ranks; i += 32) {
         uint32_t slot = i / (uint32_t)l.c.ranks;
+        if (!ll_near(l, (int)(i % (uint32_t)l.c.ranks)))
+            continue;
         epx__ll_words_t *to = ll_words(l, l.c.peers[i % (uint32_t)l.c.ranks], slot, l.c.rank);
         if (l.taken[slot])
             st_relaxed_sys_u64(&to->taken, l.taken[slot]);
