@@ -22,6 +22,7 @@ typedef struct xl_world {
     uint8_t masked[XT_RANKS_MAX]; /* at all ranks alike, but for the masked ones, which are not there */
     bool zero_copy;
     uint64_t wire;       /* bytes that this rank must have given to the network by now (docs/PROTOCOL-LL.md) */
+    bool wire_unknown;   /* calls in between do not count it: it is not compared */
     uint32_t loose_from; /* from that op on it may be less: others may have left, and nothing is put to them; 0 never */
 } xl_world_t;
 

@@ -4,6 +4,8 @@
  * nobody up, and finds all it was told when it wakes.
  *
  *     fault_test_ll_net [part of a test's name]
+ *
+ * tests/emulate runs it on kernels too: there a half fails in the buffer's status, in words of its own.
  */
 #include "common/world.h"
 
@@ -91,8 +93,13 @@ static bool is_process(void)
     return strncmp(getenv("EPX_NET"), "ofi", 3) == 0;
 }
 
-/* One half of call `n` (from 1). */
-static epx_status_t half(trip_t *t, int which, uint32_t n)
+static bool kernels(void)
+{
+    return xt_memory()->backend != EPX_BACKEND_CPU;
+}
+
+/* One half of call `n` (from 1), enqueued. */
+static epx_status_t enqueue(trip_t *t, int which, uint32_t n)
 {
     uint32_t ranks = (uint32_t)t->self->ranks;
     epx_ll_handle_t **handle = &t->handle[n % t->slots];
@@ -118,6 +125,12 @@ static epx_status_t half(trip_t *t, int which, uint32_t n)
     default:
         return epx_ll_combine_recv(*handle, NULL);
     }
+}
+
+static epx_status_t half(trip_t *t, int which, uint32_t n)
+{
+    epx_status_t status = enqueue(t, which, n);
+    return status == EPX_OK && kernels() ? epx_buffer_status(t->buffer) : status;
 }
 
 static bool halves(trip_t *t, int first, int last, uint32_t n)
@@ -153,7 +166,7 @@ static bool names(const char *words, int rank)
 
 /* Where rank 0 waits for rank 1, which does `peer` calls' first halves and then only watches, or is stopped. */
 typedef struct site {
-    const char *stage, *half;
+    const char *stage, *of_kernels, *half;
     uint32_t slots, peer_sends; /* rank 1 dispatches so often */
     uint32_t sends, recvs, releases;
     bool combine; /* rank 0 then combines call 1 */
@@ -161,12 +174,13 @@ typedef struct site {
 } site_t;
 
 static const site_t sites[] = {
-    {"its tokens", "ll_dispatch_recv", 2, 0, 1, 1, 0, false, false},
-    {"its slot to be free", "ll_dispatch_send", 1, 1, 2, 1, 1, false, false},
-    {"its expert outputs", "ll_combine_recv", 2, 1, 1, 1, 0, true, false},
-    {"room in the channel to it", "ll_combine_send", 2, 1, 1, 1, 0, true, true},
-    {"room in the channel to it", "ll_dispatch_send", 40, 1, 31, 0, 0, false, true},
-    {"room for words in the channel to it", "ll_dispatch_recv", 40, 8, 30, 5, 0, false, true},
+    {"its tokens", "put its rows", "ll_dispatch_recv", 2, 0, 1, 1, 0, false, false},
+    {"its slot to be free", "make room in its ring", "ll_dispatch_send", 1, 1, 2, 1, 1, false, false},
+    {"its expert outputs", "put its rows", "ll_combine_recv", 2, 1, 1, 1, 0, true, false},
+    {"room in the channel to it", "make room in the channel", "ll_combine_send", 2, 1, 1, 1, 0, true, true},
+    {"room in the channel to it", "make room in the channel", "ll_dispatch_send", 40, 1, 31, 0, 0, false, true},
+    {"room for words in the channel to it", "make room in the channel", "ll_dispatch_recv", 40, 8, 30, 5, 0, false,
+     true},
 };
 
 /* A process is stopped; of a thread, its proxies are held. Either way nothing that comes is applied. */
@@ -236,10 +250,9 @@ static void body_site(xt_rank_t *self)
         epx_status_t status = to_the_site(&t, site);
         double took = (double)(epx__now_ns() - start) * 1e-9;
         const char *words = epx_error_detail();
-        XT_CHECK(self,
-                 status == EPX_E_TIMEOUT && names(words, 1) && strstr(words, site->stage) &&
-                     strstr(words, site->half) && strstr(words, "call "),
-                 "%s: %s", epx_status_name(status), words);
+        bool right = kernels() ? strstr(words, site->of_kernels) != NULL
+                               : strstr(words, site->stage) && strstr(words, site->half) && strstr(words, "call ");
+        XT_CHECK(self, right && status == EPX_E_TIMEOUT && names(words, 1), "%s: %s", epx_status_name(status), words);
         XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 3.0, "%.3f s", took);
         status = half(&t, SEND, 40);
         XT_CHECK(self, status == EPX_E_BROKEN, "then %s: %s", epx_status_name(status), epx_error_detail());
@@ -475,7 +488,7 @@ static void body_mismatch(xt_rank_t *self)
         status = half(&t, RECV, 1);
     const char *words = epx_error_detail();
     XT_CHECK(self, status == EPX_E_MISMATCH || status == EPX_E_PEER, "%s: %s", epx_status_name(status), words);
-    XT_CHECK(self, strstr(words, "disagree on the shape"), "%s", words);
+    XT_CHECK(self, strstr(words, kernels() ? "other sizes or formats" : "disagree on the shape"), "%s", words);
     xt_mark(self, 0);
     xt_wait_mark(self, 0, 2);
     epx_buffer_destroy(t.buffer);
@@ -537,7 +550,8 @@ static void run_all(const char *net)
 int main(int argc, char **argv)
 {
     part = argc > 1 ? argv[1] : "";
-    run_oom();
+    if (!kernels())
+        run_oom();
     run_all("loop");
     run_all("sim:3");
     if (here("ofi:tcp"))

@@ -70,7 +70,7 @@ trap stop TERM INT HUP
 use_fabric() { # where the system has no libfabric
     [ -z "$fabric" ] || export LD_LIBRARY_PATH=$fabric${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
-section_net() { # domains, by the networks that there are; then low latency between them
+section_net() { # domains, by the networks that there are
     export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=10000
     step domains-loop 45 "$tests/gpu_test_domains" loop "$(pct 10)"
     step domains-sim 40 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
@@ -79,9 +79,18 @@ section_net() { # domains, by the networks that there are; then low latency betw
     [ -z "$ofi" ] || step domains-tcp 60 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)"
     [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=1 step graph-tcp 40 "$tests/gpu_test_graph" "$(pct 60)"
     [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=2 EPX_TEST_RANKS_MAX=4 step suite-tcp 60 "$tests/gpu_test_differential" "" "$(pct 3)"
-    for name in $(cd "$tests" && ls gpu_test_ll_net* 2>/dev/null); do
-        step "${name#gpu_test_}" 60 "$tests/$name"
-    done
+}
+section_llnet() { # low latency between domains: the smallest world first, then masks, graphs, long runs
+    export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=10000 EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4
+    step first 15 "$tests/gpu_test_ll_net" loop "$(pct 8)" "one slot"
+    step loop 35 "$tests/gpu_test_ll_net" loop "$(pct 4)" "" "$(pct 300)"
+    step sim 20 "$tests/gpu_test_ll_net" sim:1 "$(pct 4)" "two of"
+    EPX_NET=sim:2 EPX_TEST_PER_DOMAIN=1 step slots 25 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
+    EPX_NET=loop EPX_TEST_PER_DOMAIN=1 step graphs 25 "$tests/gpu_test_ll_graph" "$(pct 40)"
+    EPX_NET=loop EPX_TEST_PER_DOMAIN=1 step deadline 15 "$tests/gpu_test_ll_deadline"
+    use_fabric
+    [ -z "$ofi" ] || step tcp 30 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 4)" "two of two"
+    [ -z "$ofi" ] || step tcp-long 30 "$tests/gpu_test_ll_net" ofi:tcp 1 "long: two of one" "$(pct 300)"
 }
 section_ll1() { # low latency, ranks share a GPU; in-band first
     export EPX_TIMEOUT_MS=10000
@@ -209,12 +218,12 @@ ofi=""
 find_fabric && ofi=yes
 
 if [ "$gpus" -gt 1 ]; then
-    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150 memcheck=70) &
+    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150 llnet=100 memcheck=70) &
     (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=80 ht1=60 py1=70) &
     wait
     sections ll=80 ht=60
 else
-    sections ll1=100 net=150 ht1=80 py1=70
+    sections ll1=100 net=150 llnet=100 ht1=80 py1=70
 fi
 sections benchll=70 benchht=60 python=145 benchnet=25
 [ "$gpus" -gt 1 ] || sections memcheck=70

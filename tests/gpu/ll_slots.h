@@ -5,6 +5,8 @@
  * come). Every other call is compared with the reference byte by byte.
  *
  *     PROGRAM [part of a run's name] [percent of the calls] [seed]
+ *
+ * In one domain, or in domains of EPX_TEST_PER_DOMAIN (as far as it divides).
  */
 #include "common/ll_case.h"
 
@@ -257,6 +259,7 @@ static void slots_body(xt_rank_t *self)
     w.topk_max = p->topk_max;
     w.experts = p->experts;
     w.zero_copy = p->seed % 2;
+    w.wire_unknown = true;
     bool good = xl_open(&w, self, &config);
     uint32_t calls = 1;
     for (uint32_t op = 0; good && op < p->calls * x->percent / 100; op += calls) {
@@ -271,9 +274,15 @@ static void slots_body(xt_rank_t *self)
     xl_close(&w);
 }
 
+static int gcd(int a, int b)
+{
+    return b <= 0 ? a : gcd(b, a % b);
+}
+
 int main(int argc, char **argv)
 {
     const char *part = argc > 1 ? argv[1] : "", *most = getenv("EPX_TEST_RANKS_MAX");
+    const char *each = getenv("EPX_TEST_PER_DOMAIN");
     for (size_t i = 0; i < sizeof slots_plans / sizeof *slots_plans; i++) {
         slots_context_t x = {.plan = slots_plans[i], .percent = argc > 2 ? (uint32_t)atoi(argv[2]) : 100};
         if (!strstr(x.plan.name, part) || (most && x.plan.ranks > atoi(most)))
@@ -282,7 +291,7 @@ int main(int argc, char **argv)
             x.plan.seed += (uint64_t)atoll(argv[3]);
         xt_run_t r = {.name = x.plan.name, .ranks = x.plan.ranks, .threads = 1, .body = slots_body, .context = &x};
         r.seed = x.plan.seed;
-        r.ranks_per_domain = x.plan.ranks;
+        r.ranks_per_domain = each ? gcd(x.plan.ranks, atoi(each)) : x.plan.ranks;
         xt_run(&r);
     }
     return xt_done();

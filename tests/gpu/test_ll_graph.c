@@ -4,7 +4,8 @@
  *
  *     gpu_test_ll_graph [replays] [GPUs, to take times]
  *
- * Both ways that rows arrive; with EPX_LL_INBAND, one.
+ * Both ways that rows arrive; with EPX_LL_INBAND, one. In one domain, or, with EPX_NET, in domains of
+ * EPX_TEST_PER_DOMAIN.
  */
 #include "gpu/memory_cuda.h"
 
@@ -200,13 +201,18 @@ static void time_body(xt_rank_t *self)
 static int one_way(int argc, char **argv)
 {
     static const int sizes[] = {1, 2, 3, 5};
+    const char *each = getenv("EPX_TEST_PER_DOMAIN");
     plan_t plan = {.replays = argc > 1 ? atoi(argv[1]) : 200};
     for (int i = 0; plan.replays && i < 8; i++) {
         plan.halves = i & 1;
         xt_run_t r = {.name = plan.halves ? "graphs of halves" : "graphs", .ranks = sizes[i / 2], .body = body};
         r.context = &plan;
         r.seed = 5;
-        r.ranks_per_domain = r.ranks;
+        if (each && r.ranks == 5) /* divides */
+            r.ranks = 6;
+        r.ranks_per_domain = each && r.ranks % atoi(each) == 0 ? atoi(each) : each ? 1 : r.ranks;
+        if (each)
+            r.processes = strncmp(getenv("EPX_NET"), "ofi", 3) == 0;
         xt_run(&r);
     }
     if (argc > 2) { /* the number of GPUs */
