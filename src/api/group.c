@@ -155,7 +155,8 @@ static uint64_t trial_word(int from, int to)
     return 0x7e57000000000000ull + ((uint64_t)from << 24) + (uint64_t)to + 1;
 }
 
-/* Map every peer's trial window and leave a word in it. Unreachable is no error: it is another domain. */
+/* Map every peer's trial window and leave a word in it. Unreachable is no error: it is another domain. A lack of memory
+ * or descriptors here says nothing about reach. */
 static epx_status_t trial_write(epx_group_t *group, const hello_t *all, void **mapped)
 {
     for (int r = 0; r < group->ranks; r++) {
@@ -163,8 +164,11 @@ static epx_status_t trial_write(epx_group_t *group, const hello_t *all, void **m
             return epx__fail(EPX_E_MISMATCH, "rank %d uses another backend than rank %d; set EPX_BACKEND on all ranks",
                              r, group->rank);
         uint64_t word = trial_word(group->rank, r);
-        if (epx__window_import(group->device, &all[r].trial, group->timeout_ms, &mapped[r]) != EPX_OK) {
+        epx_status_t status = epx__window_import(group->device, &all[r].trial, group->timeout_ms, &mapped[r]);
+        if (status != EPX_OK) {
             mapped[r] = NULL;
+            if (status == EPX_E_SYSTEM || status == EPX_E_NOMEM)
+                return status;
             epx__log(EPX__LOG_INFO, "rank %d is out of reach: %s", r, epx__detail());
             snprintf(group->domain_why, sizeof group->domain_why, "rank %d is out of reach: %.120s", r, epx__detail());
         } else if (group->device->ops->copy_in(group->device, (uint64_t *)mapped[r] + group->rank, &word,
@@ -256,13 +260,21 @@ static epx_status_t trial_open(epx_group_t *group, trial_t *trial)
     return EPX_OK;
 }
 
-static void trial_close(epx_group_t *group, trial_t *trial)
+static void trial_let_go(epx_group_t *group, trial_t *trial)
 {
     for (int r = 0; trial->mapped && trial->all && r < group->ranks; r++)
-        if (trial->mapped[r])
+        if (trial->mapped[r]) {
             epx__window_unimport(group->device, &trial->all[r].trial, trial->mapped[r]);
+            trial->mapped[r] = NULL;
+        }
     if (trial->open)
         epx__window_destroy(group->device, group->fdserver, &trial->window, &trial->exported);
+    trial->open = false;
+}
+
+static void trial_close(epx_group_t *group, trial_t *trial)
+{
+    trial_let_go(group, trial);
     epx__free(trial->all);
     epx__free(trial->mapped);
     epx__free(trial->came);
@@ -285,6 +297,8 @@ static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *c
     status = trial_write(group, trial->all, trial->mapped);
     if (status == EPX_OK)
         status = choose_threads(group, config->threads, cores);
+    if (status != EPX_OK) /* peers may be waiting for its descriptor, which a rank without any to spare cannot send */
+        trial_let_go(group, trial);
     EPX__TRY(epx__group_agree(group, status, "mapping the peers' trial windows"));
     status = trial_read(group, &trial->window, trial->came);
     EPX__TRY(epx__group_agree(group, status, "reading the trial words"));

@@ -50,10 +50,7 @@ static epx_status_t judge(const epx__fd_reply_t *answer, ssize_t got, int *fd)
         return epx__fail(EPX_E_PEER, "the exporter refused our token: the export is not from this group");
     if (sound && answer->status == EPX_E_PEER)
         return epx__fail(EPX_E_PEER, "the exporter no longer offers this window: it was destroyed");
-    return epx__fail(EPX_E_PEER,
-                     "the exporter's answer makes no sense (%zd bytes): another program, or no room here for "
-                     "one more descriptor",
-                     got);
+    return epx__fail(EPX_E_PEER, "the exporter's answer makes no sense (%zd bytes): another program", got);
 }
 
 static int left_ms(epx__deadline_t *deadline)
@@ -82,6 +79,8 @@ static epx_status_t receive(int socket, epx__deadline_t *deadline, enum attempt 
         return epx__fail(EPX_E_SYSTEM, "recvmsg for a descriptor: %s", strerror(errno));
     *attempt = DONE;
     *fd = take_descriptor(&message);
+    if (*fd < 0 && (message.msg_flags & MSG_CTRUNC))
+        return epx__fail(EPX_E_SYSTEM, "no room in this process for one more descriptor, that of a peer's window");
     return judge(&answer, got, fd);
 }
 
