@@ -40,7 +40,7 @@ while IFS='|' read -r name seconds program; do
         sound[$program]=yes
     fi
     start=$SECONDS
-    for try in 1 2 3; do # a race needs its moment: three chances to be noticed
+    for try in 1 2 3 4 5; do # a race needs its moment: five chances to be noticed
         run "$name" "$seconds" "${command[@]}"
         rc=$?
         [ $rc = 0 ] || break
