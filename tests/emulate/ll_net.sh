@@ -3,12 +3,12 @@
 # more; slots through masks, releases and halves; deadlines; replayed graphs; a long run: ll_net.sh BUILD_FOLDER [rounds]
 #
 # As processes (tcp) at most six ranks: their kernels spin, and starve each other. Nine on two cores took 3 to 15 s beside
-# other work, where none was ever wrong, and once outlasted the deadline of 20 s. As threads (loop, sim) all worlds run.
+# other work, where none was ever wrong, and once outlasted a deadline of 20 s. As threads (loop, sim) all worlds run.
 set -u
 build=$(cd "$1" && pwd)
 rounds=${2:-100}
 out=$build/emulate/tests
-export EPX_CUDA_DOMAINS=1 EPX_TEST_RANKS_MAX=6 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1} EPX_TIMEOUT_MS=${EPX_TIMEOUT_MS:-20000}
+export EPX_CUDA_DOMAINS=1 EPX_TEST_RANKS_MAX=6 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1} EPX_TIMEOUT_MS=${EPX_TIMEOUT_MS:-60000}
 export EPX_EMULATE_SMS=5,8,6,12,5,7,9,5 # each rank has a GPU of its own
 failed=0
 run() {

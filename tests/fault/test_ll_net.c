@@ -61,7 +61,7 @@ static bool kernels(void)
 /* Emulated kernels spin on every core there is: somebody may not run for seconds. */
 static uint64_t patient_ms(void)
 {
-    return kernels() ? 20000 : PATIENT_MS;
+    return kernels() ? 60000 : PATIENT_MS;
 }
 
 static bool trip_open(xt_rank_t *self, trip_t *t, uint32_t slots, bool mask_on_timeout)
@@ -260,7 +260,7 @@ static void body_site(xt_rank_t *self)
         bool right = kernels() ? strstr(words, site->of_kernels) != NULL
                                : strstr(words, site->stage) && strstr(words, site->half) && strstr(words, "call ");
         XT_CHECK(self, right && status == EPX_E_TIMEOUT && names(words, 1), "%s: %s", epx_status_name(status), words);
-        XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 3.0, "%.3f s", took);
+        XT_CHECK(self, took > 0.9 * DEADLINE_MS * 1e-3 && took < DEADLINE_MS * 1e-3 + 3.0 * slowness(), "%.3f s", took);
         status = half(&t, SEND, 40);
         XT_CHECK(self, status == EPX_E_BROKEN, "then %s: %s", epx_status_name(status), epx_error_detail());
         if (site->stopped)
@@ -341,7 +341,7 @@ static void body_words(xt_rank_t *self)
         uint64_t start = epx__now_ns();
         for (uint32_t n = 5; good && n <= TAKEN; n++)
             good = XT_OK(self, half(&t, RECV, n));
-        XT_CHECK(self, epx__now_ns() - start < 500000000ull, "words to a masked rank were waited for");
+        XT_CHECK(self, (double)(epx__now_ns() - start) < 5e8 * slowness(), "words to a masked rank were waited for");
         wake(self);
         usleep(300000); /* until it has applied what lay in the channel */
         good = good && XT_OK(self, half(&t, RECV, TAKEN + 1));
@@ -411,10 +411,12 @@ static void body_death(xt_rank_t *self)
     long since = (long)(epx__now_ns() / 1000000) - atomic_load(&self->world->note[0]);
     const char *words = epx_error_detail();
     XT_CHECK(self, status == EPX_E_PEER && names(words, death->victim), "%s: %s", epx_status_name(status), words);
-    XT_CHECK(self, (double)since < 1500 * slowness(), "%ld ms after the death", since);
+    /* Emulated kernels of four processes spin in each other's way: before their patience ends. */
+    double most = kernels() ? patient_ms() : 1500 * slowness();
+    XT_CHECK(self, (double)since < most, "%ld ms after the death", since);
     uint64_t start = epx__now_ns();
     epx_buffer_destroy(t.buffer);
-    XT_CHECK(self, epx__now_ns() - start < 6000000000ull, "destroy took too long");
+    XT_CHECK(self, epx__now_ns() - start < (kernels() ? 10 : 1) * 6000000000ull, "destroy took too long");
 }
 
 /* ---- memory runs out ---- */
