@@ -68,12 +68,13 @@ epx_status_t epx__ofi_opened(ofi_t *self)
 {
     if (!strstr(self->info->fabric_attr->prov_name, "shm"))
         return EPX_OK;
-    self->name_bytes = sizeof self->name;
-    long e = fi_getname(&self->ep->fid, self->name, &self->name_bytes);
+    size_t bytes = sizeof self->name;
+    long e = fi_getname(&self->ep->fid, self->name, &bytes);
     if (e)
         return epx__ofi_fail(e, "fi_getname");
     pthread_mutex_lock(&lock);
-    self->users = 1; /* its owner */
+    self->name_bytes = bytes; /* from here on it is counted */
+    self->users = 1;          /* its owner */
     self->next_of_shm = of_shm;
     of_shm = self;
     pthread_mutex_unlock(&lock);
