@@ -21,4 +21,11 @@ static inline double slowness(void)
     return most > 1 ? most : 1;
 }
 
+/* `most` on a machine as it is, but always short of the deadline that it must be told from. Same unit. */
+static inline double well_before(double deadline, double most)
+{
+    double stretched = most * slowness();
+    return stretched < 0.9 * deadline ? stretched : 0.9 * deadline;
+}
+
 #endif

@@ -115,8 +115,8 @@ static void body(xt_rank_t *self)
     double ms = (double)(epx__now_ns() - start) / 1e6;
     bool mute = s->spare == 0 && !s->by_allgather && s->victim != 0;
     XT_CHECK(self, status == EPX_OK || epx_error_detail()[0], "%s without words", epx_status_name(status));
-    XT_CHECK(self, status == EPX_OK || mute || ms < AT_ONCE_MS * slowness(), "spare %d: %s after %.0f ms: %s", s->spare,
-             where, ms, epx_error_detail());
+    XT_CHECK(self, status == EPX_OK || mute || ms < well_before(DEADLINE_MS, AT_ONCE_MS),
+             "spare %d: %s after %.0f ms: %s", s->spare, where, ms, epx_error_detail());
     if (status != EPX_OK)
         atomic_fetch_add(&self->world->note[0], 1);
     xt_mark(self, 1);

@@ -95,8 +95,9 @@ static void body(xt_rank_t *self)
         pause();
     double ms = (double)((long)epx__now_ns() - atomic_load(&self->world->note[0])) / 1e6;
     bool never_came = strstr(words, "missing after") != NULL; /* then only the deadline can tell */
-    XT_CHECK(self, ms < LIMIT_MS * slowness() || never_came, "rank %d, killed after %lu us: %.0f ms, %s: %s",
-             plan->victim, (unsigned long)plan->after_us, ms, epx_status_name(status), words);
+    XT_CHECK(self, ms < well_before(DEADLINE_MS, LIMIT_MS) || never_came,
+             "rank %d, killed after %lu us: %.0f ms, %s: %s", plan->victim, (unsigned long)plan->after_us, ms,
+             epx_status_name(status), words);
     XT_CHECK(self, names(words, plan->victim), "rank %d, killed after %lu us: %s: %s", plan->victim,
              (unsigned long)plan->after_us, epx_status_name(status), words);
     epx_group_destroy(group);
