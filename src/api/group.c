@@ -219,8 +219,8 @@ static epx_status_t split_wanted(const epx_group_config_t *config, int *split)
     return EPX_OK;
 }
 
-/* Ranks of one domain end a call within a millisecond or so of each other, and being woken costs a tenth of one: with a
- * core for each, patience pays. Not beside a network, whose threads want the cores. */
+/* Ranks of one domain end a call soon after each other, and being woken costs more than the rest of the wait: with a
+ * core for each, patience pays (docs/measurements). Not beside a network, whose threads want the cores. */
 static void choose_patience(epx_group_t *group, int cores)
 {
     if (!epx__env_value(EPX__ENV_SPIN) && cores >= group->host_ranks && group->topology.domains == 1)
