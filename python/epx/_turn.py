@@ -29,7 +29,7 @@ class Turn:
         self.buffer, self.core = buffer, core or buffer._core
         self.asynchronous = async_finish
         self.on_comm = allocate_on_comm_stream or self.previous is not None
-        self.comm, self.device = buffer._comm_stream, buffer._device
+        self.comm = buffer._comm_stream
         self.here = not async_finish and self.previous is None
         self.inputs, self.stream, self.owner_stream, self.current = inputs, None, None, None
         self.event, self.captured, self.made = None, False, ()
@@ -45,8 +45,7 @@ class Turn:
         return self
 
     def _choose_stream(self):
-        import torch
-        self.current = torch.cuda.current_stream(self.device)
+        self.current = self.buffer._current_stream()
         chosen = self.current if self.here else self.comm
         self.stream, self.owner_stream = chosen.cuda_stream, self.current.cuda_stream
         if not self.here:
@@ -55,10 +54,11 @@ class Turn:
                     self.comm.wait_event(self.previous.event)
             else:
                 self.comm.wait_stream(self.current)
+        # What waits for all of a captured stream is captured with it; after an event alone, the event decides.
+        self.captured = _capturing(self.current if self.previous is None else chosen)
         # Calls of one buffer come one after the other, whatever streams they are on.
-        self.captured = _capturing(chosen)
         last, self.buffer._last_stream = self.buffer._last_stream, chosen
-        if last is not None and last != chosen and _capturing(last) == self.captured:
+        if last is not chosen and last is not None and last != chosen and _capturing(last) == self.captured:
             chosen.wait_stream(last)
 
     def allocate(self, make):
@@ -110,7 +110,8 @@ class Turn:
 def _capturing(stream):
     """Is a CUDA graph being captured on it? Waiting across that border is an error, and needs no order."""
     import torch
-    if torch.cuda.current_stream() == stream:
+    device = stream.device_index
+    if torch.cuda.current_device() == device and torch._C._cuda_getCurrentRawStream(device) == stream.cuda_stream:
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()

@@ -144,6 +144,7 @@ class Buffer(Normal, LowLatency):
         self._device = torch.device("cuda", core.device) if core.cuda else torch.device("cpu")
         self._comm_stream = torch.cuda.Stream(self._device, priority=-1) if core.cuda else None
         self._scratch = self._last_stream = None
+        self._seen_stream = (None, None)  # the current stream when it was last asked for: its address, the object
         self._expert_rank, self._window = expert_rank, lease_bytes
         self._op_number = next(_numbers)
         _numbered[self._op_number] = self
@@ -231,10 +232,21 @@ class Buffer(Normal, LowLatency):
         return self._comm_stream if self._comm_stream is not None else torch.cpu.current_stream()
 
     def _current(self):
-        if self._comm_stream is None:
-            return None
+        """Address of the current stream; None on CPU."""
+        return None if self._comm_stream is None else self._current_stream().cuda_stream
+
+    def _current_stream(self):
+        """The current stream of the buffer's GPU: torch.cuda.Stream.
+
+        torch makes an object at every question, in several microseconds; its address is cheap, so the last object serves
+        while that is the same.
+        """
         import torch
-        return torch.cuda.current_stream(self._device).cuda_stream
+        address, stream = self._seen_stream
+        if torch._C._cuda_getCurrentRawStream(self._core.device) != address:
+            stream = torch.cuda.current_stream(self._device)
+            self._seen_stream = stream.cuda_stream, stream
+        return stream
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
         """Window memory as a tensor: dtype, shape `size` (default: flat, all of it), `offset` bytes in.

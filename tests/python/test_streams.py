@@ -22,6 +22,7 @@ class Stream:
     def __init__(self, name, device):
         Stream.number += 1
         self.name, self.device, self.cuda_stream, self.length = name, device, Stream.number, 0
+        self.device_index = -1  # as the C library says of a buffer on the CPU
         self.after = {}  # stream -> how far along it
         self.captured = False
 
@@ -66,6 +67,8 @@ class Pretend:
     def install(self):
         torch.cuda.is_initialized = lambda: True
         torch.cuda.current_stream = lambda device=None: self.current
+        torch.cuda.current_device = lambda: -1
+        torch._C._cuda_getCurrentRawStream = lambda index: self.current.cuda_stream
         torch.cuda.stream, torch.cuda.Event = self.stream, Event
         torch.cuda.is_current_stream_capturing = lambda: self.current.captured
         torch.Tensor.record_stream = lambda tensor, stream: self.taken.setdefault(tensor.data_ptr(), set()).add(stream.name)
