@@ -43,6 +43,7 @@ class Core:
         self.lock = threading.Lock()
         self.pending = deque()
         self.leases = 0  # alive; changed with the lock held
+        self.received = _abi.Received()  # where the call under way, which holds the lock, is told what came
         self.closing = False
         _cores.add(self)
         _arm_exit()
@@ -54,7 +55,8 @@ class Core:
         self.lock.acquire()
         try:
             self.check_usable()
-            self._give_back()
+            if self.pending:
+                self._give_back()
         except BaseException:
             self.lock.release()
             raise

@@ -21,9 +21,12 @@ class Turn:
     """
 
     def __init__(self, buffer, previous_event, async_finish, allocate_on_comm_stream, inputs, core=None):
-        if previous_event is not None and not hasattr(previous_event, "current_stream_wait"):
-            refuse("previous_event: %s; it must be an EventOverlap" % type(previous_event).__name__)
-        self.previous = previous_event if isinstance(previous_event, EventHandle) else getattr(previous_event, "event", None)
+        self.previous = None
+        if previous_event is not None:
+            if not hasattr(previous_event, "current_stream_wait"):
+                refuse("previous_event: %s; it must be an EventOverlap" % type(previous_event).__name__)
+            handle = isinstance(previous_event, EventHandle)
+            self.previous = previous_event if handle else getattr(previous_event, "event", None)
         if allocate_on_comm_stream and not (previous_event is not None and async_finish):
             refuse("allocate_on_comm_stream: it needs previous_event and async_finish")
         self.buffer, self.core = buffer, core or buffer._core

@@ -89,6 +89,9 @@ class Buffer(Normal, LowLatency):
                  timeout_ms=0, lease_bytes=0, reserve_bytes=0, tokens_max=0, topk_max=0, experts_max=0, handles_max=0,
                  leases_max=0, expert_rank=None, ll_slots=0, unique_id=None, rank=0, ranks=0):
         import torch
+
+        from . import _tensor
+        self._tensor = _tensor  # not imported with epx, which loads no torch; nor at every call, which takes a microsecond
         num_nvl_bytes, num_rdma_bytes = whole("num_nvl_bytes", num_nvl_bytes), whole("num_rdma_bytes", num_rdma_bytes)
         whole("num_qps_per_rank", num_qps_per_rank)
         given = dict(ranks_per_domain=ranks_per_domain, threads=threads, timeout_ms=timeout_ms, lease_bytes=lease_bytes,
@@ -255,13 +258,11 @@ class Buffer(Normal, LowLatency):
         the program's own; peers do not write to it. Raises Busy when received tensors hold the window; InvalidArgument.
         """
         import torch
-
-        from . import _tensor
         if self._scratch is None:
             want = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
             nbytes = min(want or 16 << 20, self._window or 16 << 20, 64 << 20)
             lease, address = self._core.lease(nbytes, self._current())
-            self._scratch = _tensor.over(lease, address, (nbytes,), torch.uint8, self._device)
+            self._scratch = self._tensor.over(lease, address, (nbytes,), torch.uint8, self._device)
         if offset % dtype.itemsize or not 0 <= offset <= self._scratch.numel():
             refuse("offset: %d; it must be a multiple of %d up to %d" % (offset, dtype.itemsize, self._scratch.numel()))
         room = (self._scratch.numel() - offset) // dtype.itemsize

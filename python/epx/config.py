@@ -14,12 +14,11 @@ class Config:
 
     def __init__(self, num_sms=20, num_max_nvl_chunked_send_tokens=6, num_max_nvl_chunked_recv_tokens=256,
                  num_max_rdma_chunked_send_tokens=6, num_max_rdma_chunked_recv_tokens=256):
-        given = (("num_sms", num_sms), ("num_max_nvl_chunked_send_tokens", num_max_nvl_chunked_send_tokens),
-                 ("num_max_nvl_chunked_recv_tokens", num_max_nvl_chunked_recv_tokens),
-                 ("num_max_rdma_chunked_send_tokens", num_max_rdma_chunked_send_tokens),
-                 ("num_max_rdma_chunked_recv_tokens", num_max_rdma_chunked_recv_tokens))
-        for name, value in given:
-            setattr(self, name, whole(name, value))
+        self.num_sms = whole("num_sms", num_sms)
+        self.num_max_nvl_chunked_send_tokens = whole("num_max_nvl_chunked_send_tokens", num_max_nvl_chunked_send_tokens)
+        self.num_max_nvl_chunked_recv_tokens = whole("num_max_nvl_chunked_recv_tokens", num_max_nvl_chunked_recv_tokens)
+        self.num_max_rdma_chunked_send_tokens = whole("num_max_rdma_chunked_send_tokens", num_max_rdma_chunked_send_tokens)
+        self.num_max_rdma_chunked_recv_tokens = whole("num_max_rdma_chunked_recv_tokens", num_max_rdma_chunked_recv_tokens)
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
         """Window bytes (int > 0) with room for two dispatches of 4096 tokens of `hidden_bytes` on every rank.

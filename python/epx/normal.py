@@ -24,9 +24,7 @@ class Normal:
         Raises    InvalidArgument; BadData (ids out of range counted as -1; told late on a GPU)
         """
         import torch
-
-        from . import _tensor
-        core, device = self._core, self._device
+        core, device, _tensor = self._core, self._device, self._tensor
         _tensor.check("topk_idx", topk_idx, device, dims=(2,), dtypes=(torch.int64, torch.int32))
         num_experts = whole("num_experts", num_experts, 1)
         tokens, topk = topk_idx.shape
@@ -67,21 +65,19 @@ class Normal:
                       Broken, Overflow (worst case too small), BadData (ids out of range, told late)
         """
         import torch
-
-        from . import _tensor
-        core, device = self._core, self._device
+        core, device, _tensor = self._core, self._device, self._tensor
         if handle is None or config is not None:  # a cached dispatch needs none
             config = self._config(config, "dispatch")
-        x, scales = _split(x, self._device)
+        x, scales, shape = _split(x, self._tensor, device)
         if handle is not None:
             inner = check_handle(handle, core)
             if topk_idx is not None or topk_weights is not None:
                 refuse("topk_idx, topk_weights: they do not travel with a handle (the routing is the handle's)")
-            if x.shape[0] != inner.tokens:
-                refuse("x: %d tokens; the handle's dispatch had %d" % (x.shape[0], inner.tokens))
-            return self._again(x, scales, inner, previous_event, async_finish, allocate_on_comm_stream)
+            if shape[0] != inner.tokens:
+                refuse("x: %d tokens; the handle's dispatch had %d" % (shape[0], inner.tokens))
+            return self._again(x, scales, shape, inner, previous_event, async_finish, allocate_on_comm_stream)
 
-        tokens, topk = x.shape[0], 0
+        tokens, topk = shape[0], 0
         if num_tokens_per_expert is None:
             refuse("num_tokens_per_expert: it is needed without a handle (get_dispatch_layout makes it)")
         _tensor.check("num_tokens_per_expert", num_tokens_per_expert, device, dims=(1,), dtypes=(torch.int32,))
@@ -120,7 +116,7 @@ class Normal:
 
         inputs = (x, scales, topk_idx, topk_weights, is_token_in_rank)
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, inputs) as turn:
-            pointer, scales = c_void_p(), _fill_rows(args.rows, x, scales, turn)
+            pointer, scales = c_void_p(), _fill_rows(args.rows, x, scales, shape, turn)
             core.check(core.lib.epx_dispatch_begin(core.buffer, byref(args), turn.stream, byref(pointer)))
             inner = CoreHandle(core, pointer.value, turn.owner_stream, captured=turn.captured)
             inner.tokens, inner.topk, inner.experts, inner.worst = tokens, topk, args.experts, num_worst_tokens
@@ -130,8 +126,10 @@ class Normal:
                 core.check(core.lib.epx_handle_counts(inner.pointer, byref(counts)))
                 inner.rows = rows = counts.rows
                 per_expert = totals if totals is not None else counts.rows_per_expert[:counts.local_experts]
-            ids = topk_idx.dtype if topk_idx is not None else None
-            recv = self._receive(turn, rows, x, scales, ids, topk, topk_weights is not None,
+            wanted = [((rows, shape[1]), x.dtype), _side_of(rows, scales),
+                      None if topk_idx is None else ((rows, topk), topk_idx.dtype),
+                      None if topk_weights is None else ((rows, topk), torch.float32)]
+            recv = self._receive(turn, wanted,
                                  lambda place, got: core.lib.epx_dispatch_end(inner.pointer, place, turn.stream, got))
             self._tell_bad_data(core)
         inner.event = turn.event.event
@@ -147,39 +145,36 @@ class Normal:
         """As dispatch()."""
         return self.dispatch(*args, **kwargs)
 
-    def _again(self, x, scales, inner, previous_event, async_finish, allocate_on_comm_stream):
-        core = self._core
-        rows = _abi.Rows()
+    def _again(self, x, scales, shape, inner, previous_event, async_finish, allocate_on_comm_stream):
+        core, rows = self._core, _abi.Rows()
         with Turn(self, previous_event, async_finish, allocate_on_comm_stream, (x, scales)) as turn:
-            scales = _fill_rows(rows, x, scales, turn)
+            scales = _fill_rows(rows, x, scales, shape, turn)
             inner.captured |= turn.captured
-            recv = self._receive(turn, inner.rows, x, scales, None, 0, False, lambda place, got:
+            wanted = [((inner.rows, shape[1]), x.dtype)]
+            if scales is not None:
+                wanted.append(_side_of(inner.rows, scales))
+            recv = self._receive(turn, wanted, lambda place, got:
                                  core.lib.epx_dispatch_again(inner.pointer, byref(rows), place, turn.stream, got))
-        return (recv[0] if scales is None else tuple(recv[:2]), None, None, None, None, turn.event)
+        return (recv[0] if scales is None else tuple(recv), None, None, None, None, turn.event)
 
-    def _receive(self, turn, rows, x, scales, ids, topk, weights, call):
-        """Rows into a lease, or, where the window has no room, into ordinary tensors."""
-        import torch
+    def _receive(self, turn, wanted, call):
+        """Rows into a lease, or, where the window has no room, into ordinary tensors.
 
-        from . import _tensor
-        core, device, hidden = self._core, self._device, x.shape[1]
-        shapes = [((rows, hidden), x.dtype),
-                  None if scales is None else ((rows,) + tuple(scales.shape[1:]), scales.dtype),
-                  None if ids is None else ((rows, topk), ids),
-                  ((rows, topk), torch.float32) if weights else None]
-        got = _abi.Received()
+        wanted    (shape, dtype) or None, of x, scales, ids, weights; those at the end may be left out
+        """
+        core, device, got = self._core, self._device, self._core.received
         status = call(None, byref(got))
         if status == _abi.OK:
             lease = core.own_lease(got.lease, turn.owner_stream, turn.captured) if got.lease else None
-            memory = (got.x, got.side, got.topk_idx, got.topk_weights)
-            return [None if shape is None else _tensor.over(lease, address, shape[0], shape[1], device)
-                    for shape, address in zip(shapes, memory)]
+            memory, over = (got.x, got.side, got.topk_idx, got.topk_weights), self._tensor.over
+            return [None if one is None else over(lease, address, one[0], one[1], device)
+                    for one, address in zip(wanted, memory)]
         if status != _abi.E_BUSY:
             core.check(status)
-        tensors = turn.allocate(lambda: [None if shape is None else torch.empty(shape[0], dtype=shape[1], device=device)
-                                         for shape in shapes])
-        place = _abi.Place(x=_pointer(tensors[0]), side=_pointer(tensors[1]), topk_idx=_pointer(tensors[2]),
-                           topk_weights=_pointer(tensors[3]))
+        import torch
+        tensors = turn.allocate(lambda: [None if one is None else torch.empty(one[0], dtype=one[1], device=device)
+                                         for one in wanted])
+        place = _abi.Place(*map(_pointer, tensors))
         core.check(call(byref(place), byref(got)))
         turn.outputs(*tensors)
         return tensors
@@ -222,14 +217,10 @@ class Normal:
         Raises        as dispatch
         """
         import torch
-
-        from . import _tensor
-        core, device = self._core, self._device
+        core, device, _tensor = self._core, self._device, self._tensor
         config = self._config(config, "combine")
         inner = check_handle(handle, core)
-        kinds = {torch.bfloat16: _abi.DTYPE_BF16, torch.float16: _abi.DTYPE_FP16, torch.float32: _abi.DTYPE_FP32}
-        _tensor.check_rows("x", x, device, dtypes=tuple(kinds))
-        rows, hidden = x.shape
+        rows, hidden, _, stride = _tensor.check_rows("x", x, device, dtypes=_tensor.SUMMED)
         if rows != inner.rows:
             refuse("x: %d rows; the handle's dispatch received %d here" % (rows, inner.rows))
         if topk_weights is not None:
@@ -248,10 +239,11 @@ class Normal:
                 torch.empty((inner.tokens, hidden), dtype=x.dtype, device=device),
                 None if topk_weights is None else
                 torch.empty((inner.tokens, inner.topk), dtype=torch.float32, device=device)))
-            args = _abi.Combine(x=_pointer(x), x_stride_bytes=x.stride(0) * x.element_size() if rows > 1 else 0,
-                                dtype=kinds[x.dtype], hidden=hidden, topk_weights=_pointer(topk_weights),
-                                out=_pointer(out), out_topk_weights=_pointer(out_weights),
-                                sms=config.num_sms if core.cuda else 0)
+            args = _abi.Combine()
+            args.x, args.x_stride_bytes, args.dtype, args.hidden = _pointer(x), stride, _tensor.SUMMED[x.dtype], hidden
+            args.out, args.sms = _pointer(out), config.num_sms if core.cuda else 0
+            if topk_weights is not None:
+                args.topk_weights, args.out_topk_weights = _pointer(topk_weights), _pointer(out_weights)
             for i, one in enumerate(biases):  # with no tokens there is none to read, and no address that would do
                 args.bias[i] = one.data_ptr() or None if one is not None else None
             inner.captured |= turn.captured
@@ -278,15 +270,14 @@ class Normal:
         return config
 
 
-def _split(x, device):
-    """(rows, scales or None) of dispatch's x, checked."""
-    from . import _tensor
+def _split(x, _tensor, device):
+    """(rows, scales or None, what check_rows returns) of dispatch's x, checked."""
     scales = None
     if isinstance(x, (tuple, list)):
         if len(x) != 2:
             refuse("x: a tuple of %d; it must be (x, scales)" % len(x))
         x, scales = x
-    _tensor.check_rows("x", x, device)
+    shape = _tensor.check_rows("x", x, device)
     if scales is not None:
         _tensor.check("x[1] (scales)", scales, device, dims=(1, 2), packed=False)
         if scales.shape[0] != x.shape[0]:
@@ -294,14 +285,17 @@ def _split(x, device):
         if scales[:1].numel() * scales.element_size() % 4 and x.shape[0]:
             refuse("x[1] (scales): %d bytes a token; it must be a multiple of 4" %
                    (scales[:1].numel() * scales.element_size()))
-    return x, scales
+    return x, scales, shape
 
 
-def _fill_rows(rows, x, scales, turn):
-    """epx_rows_t of them. Returns the scales that were named there, which must live as long as the call."""
-    size = x.element_size()
-    rows.x, rows.row_bytes = _pointer(x), x.shape[1] * size
-    rows.x_stride_bytes = x.stride(0) * size if x.shape[0] > 1 else 0
+def _side_of(rows, scales):
+    """(shape, dtype) of the scales of so many rows; None without."""
+    return None if scales is None else ((rows,) + tuple(scales.shape[1:]), scales.dtype)
+
+
+def _fill_rows(rows, x, scales, shape, turn):
+    """epx_rows_t of what _split gave. Returns the scales that were named there, which must live as long as the call."""
+    rows.x, rows.row_bytes, rows.x_stride_bytes = _pointer(x), shape[2], shape[3]
     if scales is not None:
         if 0 in scales.stride():  # expanded; to the C library 0 is the default
             scales = turn.packed(scales)
