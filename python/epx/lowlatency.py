@@ -113,10 +113,8 @@ class LowLatency:
                    BadData (ids out of range counted as -1; told late on a GPU)
         """
         import torch
-
-        from . import _tensor
         _present()
-        device, r = self._device, self.group_size
+        device, r, _tensor = self._device, self.group_size, self._tensor
         m = whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
         e = whole("num_experts", num_experts, 1)
         _tensor.check("x", x, device, dims=(2,), dtypes=(torch.bfloat16,))
@@ -137,7 +135,7 @@ class LowLatency:
                 _tensor.check(name, stats, device, dtypes=(dtype,), shape=(n,))
         core = self._ll(m, hidden, e, topk_idx.shape[1])
         # The window may serve a larger M than this call names: the outputs are the window's size, seen as this call's.
-        rows = r * self._ll_shape[0]
+        rows, topk = r * self._ll_shape[0], topk_idx.shape[1]
 
         inputs = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
         with Turn(self, None, async_finish, False, inputs, core=core) as turn:
@@ -150,32 +148,35 @@ class LowLatency:
             count = torch.empty(local, dtype=torch.int32, device=device)
             src_info = torch.empty((local, rows), dtype=torch.int32, device=device)
             layout = torch.empty((local, r), dtype=torch.int64, device=device)
-            args = _abi.LlDispatch(
-                x=pointer(x), tokens=tokens, hidden=hidden, topk_idx=pointer(topk_idx),
-                topk_idx_bits=topk_idx.element_size() * 8, topk=topk_idx.shape[1], experts=e, format=int(bool(use_fp8)),
-                round_scale=int(bool(round_scale)), ue8m0=int(bool(use_ue8m0)), recv_x=pointer(recv_x),
-                recv_scales=pointer(scales), recv_count=pointer(count), src_info=pointer(src_info),
-                layout_range=pointer(layout), expert_stats=pointer(cumulative_local_expert_recv_stats),
-                wait_ns=pointer(dispatch_wait_recv_cost_stats))
+            args = _abi.LlDispatch()  # one field after the other: by keyword it takes four times as long
+            args.x, args.tokens, args.hidden = pointer(x), tokens, hidden
+            args.topk_idx, args.topk_idx_bits = pointer(topk_idx), topk_idx.element_size() * 8
+            args.topk, args.experts = topk, e
+            args.format, args.round_scale, args.ue8m0 = bool(use_fp8), bool(round_scale), bool(use_ue8m0)
+            args.recv_x, args.recv_scales, args.recv_count = pointer(recv_x), pointer(scales), pointer(count)
+            args.src_info, args.layout_range = pointer(src_info), pointer(layout)
+            args.expert_stats = pointer(cumulative_local_expert_recv_stats)
+            args.wait_ns = pointer(dispatch_wait_recv_cost_stats)
             made, call = c_void_p(), core.lib.epx_ll_dispatch
             if return_recv_hook:
                 call = core.lib.epx_ll_dispatch_send
             core.check(call(core.buffer, byref(args), turn.stream, byref(made)))
             inner = CoreHandle(core, made.value, turn.owner_stream, "ll_handle")
-            inner.tokens, inner.topk, inner.experts, inner.idx_dtype = tokens, topk_idx.shape[1], e, topk_idx.dtype
+            inner.tokens, inner.topk, inner.experts, inner.idx_dtype = tokens, topk, e, topk_idx.dtype
             turn.outputs(recv_x, scales, count, src_info, layout)
             keep = inputs + (recv_x, scales, count, src_info, layout, args)
             if return_recv_hook:
                 inner.borrowed = keep
             self._tell_bad_data(core)
-        handle = LowLatencyHandle(inner, (src_info[:, :r * m], layout, m, hidden, e))
+        if rows != r * m:
+            src_info, recv_x = src_info[:, :r * m], recv_x[:, :r * m]
+            scales = scales if scales is None else scales[:, :, :r * m]
+        handle = LowLatencyHandle(inner, (src_info, layout, m, hidden, e))
         hook = None
         if return_recv_hook:
             hook = self._ll_hook(core, inner, core.lib.epx_ll_dispatch_recv, turn.stream)
         event = EventOverlap(turn.event.event, keep) if async_finish else turn.event
-        recv_x = recv_x[:, :r * m]
-        received = recv_x if scales is None else (recv_x, scales.transpose(1, 2)[:, :r * m])
-        return received, count, handle, event, hook
+        return recv_x if scales is None else (recv_x, scales.transpose(1, 2)), count, handle, event, hook
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False,
                             async_finish=False, return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None):
@@ -190,10 +191,8 @@ class LowLatency:
         Returns       out [T,H], event, hook (None without return_recv_hook)
         """
         import torch
-
-        from . import _tensor
         _present()
-        device, r = self._device, self.group_size
+        device, r, _tensor = self._device, self.group_size, self._tensor
         if not isinstance(handle, LowLatencyHandle):
             refuse("handle: %s; it must be what low_latency_dispatch() returned (its members alone do not do)" %
                    type(handle).__name__)
@@ -220,8 +219,9 @@ class LowLatency:
         with Turn(self, None, async_finish, False, inputs, core=core) as turn:
             if out is None:
                 out = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
-            args = _abi.LlCombine(x=pointer(x), topk_idx=pointer(topk_idx), topk_weights=pointer(topk_weights),
-                                  out=pointer(out), wait_ns=pointer(combine_wait_recv_cost_stats))
+            args = _abi.LlCombine()
+            args.x, args.topk_idx, args.topk_weights = pointer(x), pointer(topk_idx), pointer(topk_weights)
+            args.out, args.wait_ns = pointer(out), pointer(combine_wait_recv_cost_stats)
             call = core.lib.epx_ll_combine_send if return_recv_hook else core.lib.epx_ll_combine
             core.check(call(inner.pointer, byref(args), turn.stream))
             keep, hook = inputs + (out, args), None
@@ -282,10 +282,8 @@ class LowLatency:
     def low_latency_query_mask_buffer(self, mask_status):
         """Write int32 [R] to `mask_status`: 1 is masked."""
         import torch
-
-        from . import _tensor
         _present()
-        _tensor.check("mask_status", mask_status, self._device, dtypes=(torch.int32,), shape=(self.group_size,))
+        self._tensor.check("mask_status", mask_status, self._device, dtypes=(torch.int32,), shape=(self.group_size,))
         masks = (_abi.c_int32 * self.group_size)(*[self._ll_masks.get(i, 0) for i in range(self.group_size)])
         core = self._ll_core
         if core is not None:
