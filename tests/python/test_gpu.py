@@ -385,9 +385,10 @@ def cost(group, device):
     bench = importlib.util.module_from_spec(script)
     script.loader.exec_module(bench)
     figures = bench.measure(buffer, device, 1024, 2048, 8, 32 * group.size())
-    pair = bench.low_latency(buffer, device, 64, 2048, 8, 32 * group.size()) if epx._abi.library().has_ll else None
+    if epx._abi.library().has_ll:
+        figures.update(bench.low_latency(buffer, device, 64, 2048, 8, 32 * group.size()))
     buffer.destroy()
-    return took, bench.report(figures, pair)
+    return took, bench.report(figures)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
