@@ -25,6 +25,15 @@ from . import _abi, _dlpack
 from .errors import Broken, InvalidArgument
 
 _cores = weakref.WeakSet()
+_pid = os.getpid()  # kept, since every call compares it; a system call each time shows
+
+
+def _in_child():
+    global _pid
+    _pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Core:
@@ -33,7 +42,7 @@ class Core:
     def __init__(self, group, buffer, info):
         self.lib = _abi.library()
         self.group, self.buffer = group, buffer
-        self.pid = os.getpid()
+        self.pid = _pid
         self.rank, self.ranks = info.rank, info.ranks
         self.domains, self.ranks_per_domain = info.domains, info.ranks_per_domain
         self.domain, self.domain_index = info.domain, info.domain_index
@@ -74,9 +83,9 @@ class Core:
 
     def check_process(self):
         """Raise InvalidArgument in another process than the one that made it."""
-        if os.getpid() != self.pid:
+        if _pid != self.pid:
             raise InvalidArgument("this epx buffer was made by process %d and does not work in its fork %d: make a "
-                                  "buffer in the child" % (self.pid, os.getpid()))
+                                  "buffer in the child" % (self.pid, _pid))
 
     def check(self, status):
         """Raise the C library's words unless `status` is EPX_OK."""
@@ -106,7 +115,7 @@ class Core:
 
     def _give_back(self):
         """With the lock held."""
-        if os.getpid() != self.pid:
+        if _pid != self.pid:
             self.pending.clear()
             return
         while self.pending:
@@ -131,7 +140,7 @@ class Core:
         buffer, group = self.buffer, self.group
         self.buffer = self.group = None
         self.pending.clear()
-        if os.getpid() == self.pid:
+        if _pid == self.pid:
             self.lib.epx_buffer_destroy(buffer)
             self.lib.epx_group_destroy(group)
 
@@ -274,9 +283,9 @@ _armed = None  # the process whose exit is taken care of
 def _arm_exit():
     """Run _at_exit when this process ends. A child of multiprocessing runs no atexit functions, but its own."""
     global _armed
-    if _armed == os.getpid():
+    if _armed == _pid:
         return
-    _armed = os.getpid()
+    _armed = _pid
     processes = sys.modules.get("multiprocessing.process")
     if processes is not None and processes.parent_process() is not None:
         from multiprocessing import util
@@ -290,7 +299,7 @@ def _at_exit():
         return
     _dlpack.disarm()
     for core in list(_cores):
-        if os.getpid() != core.pid or not core.lock.acquire(timeout=1.0):
+        if _pid != core.pid or not core.lock.acquire(timeout=1.0):
             continue
         try:
             core.closing = True

@@ -102,6 +102,8 @@ def refuse(words):
 
 def whole(name, value, least=0):
     """`value` (an int, or what stands for one: numpy's, for instance) as an int of at least `least`."""
+    if type(value) is int and value >= least:
+        return value
     try:
         number = operator.index(value)
     except TypeError:

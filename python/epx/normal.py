@@ -67,7 +67,7 @@ class Normal:
         import torch
         core, device, _tensor = self._core, self._device, self._tensor
         if handle is None or config is not None:  # a cached dispatch needs none
-            config = self._config(config, "dispatch")
+            config = self._config(config, "get_dispatch_config")
         x, scales, shape = _split(x, self._tensor, device)
         if handle is not None:
             inner = check_handle(handle, core)
@@ -218,7 +218,7 @@ class Normal:
         """
         import torch
         core, device, _tensor = self._core, self._device, self._tensor
-        config = self._config(config, "combine")
+        config = self._config(config, "get_combine_config")
         inner = check_handle(handle, core)
         rows, hidden, _, stride = _tensor.check_rows("x", x, device, dtypes=_tensor.SUMMED)
         if rows != inner.rows:
@@ -261,10 +261,10 @@ class Normal:
 
     # -- small things --
 
-    def _config(self, config, call):
+    def _config(self, config, default):
         # Programs replace get_*_config on the class.
         if config is None:
-            config = getattr(type(self), "get_%s_config" % call)(self.group_size)
+            config = getattr(type(self), default)(self.group_size)
         if not hasattr(config, "num_sms"):
             refuse("config: %s; it must be an epx.Config" % type(config).__name__)
         return config

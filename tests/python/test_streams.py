@@ -53,7 +53,7 @@ class Pretend:
     """torch.cuda as far as epx uses it. `current` is the current stream; `taken` what record_stream was told."""
 
     def __init__(self, device):
-        self.device, self.taken, self.made_on = device, {}, {}
+        self.device, self.taken, self.made_on, self.asked = device, {}, {}, 0
         self.main, self.side = Stream("main", device), Stream("side", device)
         self.comm = Stream("comm", device)
         self.current = self.main
@@ -64,9 +64,13 @@ class Pretend:
         yield
         self.current = before
 
+    def current_stream(self, device=None):
+        self.asked += 1
+        return self.current
+
     def install(self):
         torch.cuda.is_initialized = lambda: True
-        torch.cuda.current_stream = lambda device=None: self.current
+        torch.cuda.current_stream = self.current_stream
         torch.cuda.current_device = lambda: -1
         torch._C._cuda_getCurrentRawStream = lambda index: self.current.cuda_stream
         torch.cuda.stream, torch.cuda.Event = self.stream, Event
@@ -223,6 +227,26 @@ def one_after_the_other(group, device):
 
 def test_one_after_the_other():
     world.run(1, one_after_the_other)
+
+
+def asked_once(group, device):
+    """torch makes an object when it is asked for the current stream: a call asks only when that is another than before."""
+    buffer, cuda, x, keys = prepared(group, device)
+    _, _, _, _, handle, _ = buffer.dispatch(x, **keys)
+    for stream in (cuda.side, cuda.main):
+        with cuda.stream(stream):
+            before = cuda.asked
+            for asynchronous in (False, True, False):
+                recv, *_ = buffer.dispatch(x, handle=handle, async_finish=asynchronous)
+                assert lease_of(recv).stream == stream.cuda_stream
+                buffer.combine(recv, handle, async_finish=asynchronous)
+            buffer.barrier()
+            assert cuda.asked == before + 1
+    buffer.destroy()
+
+
+def test_asked_once():
+    world.run(1, asked_once)
 
 
 def expanded(group, device):
