@@ -6,8 +6,8 @@
 
 Each figure is the median over --iters calls, in microseconds:
 
-stream   as epx bench times a GPU: between two events of the stream, the cache cold, the ranks' GPUs at the start together and
-         the host ahead of them, as it is in a program that keeps its GPU busy; each iteration by its slowest rank
+stream   as epx bench times a GPU: between two events of the stream, the cache cold, the ranks' GPUs together at the start, the
+         host ahead of them, as it is in a program that keeps its GPU busy; each iteration by its slowest rank
 wall     from before the call until its rows are there, with the GPU idle before it, so that the host's time shows; of rank 0
 host     until the call returns; of rank 0
 
@@ -28,7 +28,7 @@ import epx
 from epx import _abi
 
 CHILL_BYTES = 256 << 20  # written before each call: several times any L2
-HEAD_START = 200000      # GPU cycles, more than 100 us: in that time the host enqueues the call
+HEAD_START = 1000000     # GPU cycles, about half a millisecond: in that time the host, its caches cold too, enqueues the call
 GRAPH_PAIRS = 24         # as epx bench --graph
 
 
