@@ -2,8 +2,10 @@
  * Rails in kernels: a half's message to and from each other domain, the words of the domain's rails windows, chunks
  * through a channel. docs/PROTOCOL-NET.md has the protocol.
  *
- * Rails windows and the counters of channels are host memory: looking at one costs a trip over PCIe, so it is one
- * thread (or lane) that looks. Payload that others wrote there is read by ld_global_16 and the like, which go past L1.
+ * Rails windows and the counters of channels are host memory: looking at one costs a trip over PCIe, and many looks at
+ * one line seem to be served in turn. So it is one thread (or lane) of the GPU that looks, and where many wait, it
+ * tells the others by a word in GPU memory. Payload that others wrote there is read by ld_global_16 and the like, which
+ * go past L1.
  *
  * What orders what: all threads write; __syncthreads; one thread fences (acq_rel, sys) and pushes the request, whose
  * commit word the proxy acquires. The other way: the proxy's counter is acquired by one thread, then __syncthreads.
@@ -88,18 +90,20 @@ EPX__DEVICE bool rail_there(const ht_common_t &c, uint64_t n, int d)
     return false;
 }
 
-/* One thread, for a word about domain d: until *word >= want. False: stop. */
+/* One thread, for a word about domain d: until *word >= want. False: stop. With the own domain nobody asks whether a
+ * rail has left, and the host, across PCIe, is asked rarely: many may wait for a word of the keeper's in GPU memory. */
 static __device__ __noinline__ bool rail_wait(const ht_common_t &c, uint64_t n, int d, const uint64_t *word,
                                               uint64_t want, int peer, uint32_t stage)
 {
     uint64_t start = 0;
+    uint32_t rarely = d == c.rails->home ? 1023 : 63;
     for (uint32_t polls = 1;; polls++) {
         uint64_t seen = ld_acquire_sys_u64(word);
         if (seen >= want)
             return true;
         if ((polls & 7) != 0)
             continue;
-        if (rail_stopped(c, n, (polls & 63) == 0))
+        if (rail_stopped(c, n, (polls & rarely) == 0))
             return false;
         uint64_t now = globaltimer_ns();
         start = start ? start : now;
@@ -121,6 +125,18 @@ typedef struct rail_idle {
     uint32_t gone; /* the rail had left at the last look, and nothing has moved since */
 } rail_idle_t;
 
+/* One thread: nothing moved in a whole round, and more must come from domain d. False: its rail has left, and all is
+ * said. */
+EPX__DEVICE bool rail_stays(const ht_common_t &c, uint64_t n, rail_idle_t *idle, int d)
+{
+    if (ld_acquire_sys_u64(rail_channel(*c.rails, d, EPX__RAIL_MESSAGES)->fault) == 0)
+        return true;
+    if (idle->gone)
+        return rail_there(c, n, d);
+    idle->gone = 1; /* its last words may have come since the round's look: one more round */
+    return true;
+}
+
 /* One thread: nothing moved in a whole round, `peer` is waited for; d: its domain when it is the own rail there, else
  * -1. (A rail may leave when its part is done: that ends no wait for somebody else.) False: stop. */
 EPX__DEVICE bool rail_patience(const ht_common_t &c, uint64_t n, rail_idle_t *idle, int d, int peer, uint32_t stage)
@@ -135,12 +151,7 @@ EPX__DEVICE bool rail_patience(const ht_common_t &c, uint64_t n, rail_idle_t *id
         rail_fail(c, n, EPX_E_TIMEOUT, stage, peer, 0, 0, now - idle->since);
         return false;
     }
-    if (d < 0 || d == c.rails->home || ld_acquire_sys_u64(rail_channel(*c.rails, d, EPX__RAIL_MESSAGES)->fault) == 0)
-        return true;
-    if (idle->gone)
-        return rail_there(c, n, d);
-    idle->gone = 1; /* its last words may have come since the round's look: one more round */
-    return true;
+    return d < 0 || d == c.rails->home || rail_stays(c, n, idle, d);
 }
 EPX__DEVICE void rail_moved(rail_idle_t *idle)
 {

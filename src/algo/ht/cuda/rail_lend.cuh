@@ -20,7 +20,8 @@ typedef struct ht_lender {
     const char *weights;
     uint32_t x_ring, w_ring, ring_weights; /* ring_weights: offset of the weights in a ring */
     uint32_t rows, read;                   /* owner: rows of its, and read */
-    uint32_t spare[5];
+    uint32_t staged;                       /* rail: rows of the stream looked at that are there */
+    uint32_t spare[4];
 } ht_lender_t;
 static_assert(sizeof(ht_lender_t) == HT_LENDER_BYTES, "the host sizes the table");
 
@@ -122,12 +123,6 @@ EPX__DEVICE rail_from_t row_at(const ht_rail_combine_t &p, const ht_lender_t &l,
     f.x = l.x_ring ? l.x + ring + j % l.x_ring * p.row_bytes : l.x + row * l.x_stride;
     f.weights = l.w_ring ? l.weights + ring + l.ring_weights + j % l.w_ring * w_bytes : l.weights + row * w_bytes;
     return f;
-}
-/* One thread: has the j-th row of (d, my index) at member e been staged? In place it has. */
-EPX__DEVICE bool row_staged(const ht_rail_combine_t &p, const ht_lender_t &l, uint64_t n, int e, int d, uint32_t j)
-{
-    const ht_rails_t &r = *p.c.rails;
-    return lender_ring(l) == 0 || ld_acquire_sys_u64(&rail_words(r, r.index, e, d)->staged) >= rail_word(n, j + 1);
 }
 
 /* ---- stage ---- */

@@ -41,4 +41,29 @@ EPX__DEVICE uint4 round_16(const float *sum)
     return make_uint4(u[0], u[1], u[2], u[3]);
 }
 
+/* ---- a row by a warp: lane l has the pieces at 16 * l + 512 * i ---- */
+
+/* Pieces that a lane loads before it adds the first: rows may lie across PCIe, a trip of more than a microsecond. */
+#define SUM_PIECES 4
+
+/* Lane: `pieces` of a row, from `from` on. */
+template <int dtype, int pieces>
+EPX__DEVICE void add_pieces(float (*sum)[8], const char *from)
+{
+    uint4 v[pieces];
+#pragma unroll
+    for (int i = 0; i < pieces; i++)
+        v[i] = ld_global_16(from + i * 512);
+#pragma unroll
+    for (int i = 0; i < pieces; i++)
+        add_16<dtype>(sum[i], v[i]);
+}
+template <int dtype, int pieces>
+EPX__DEVICE void store_pieces(char *to, float (*sum)[8])
+{
+#pragma unroll
+    for (int i = 0; i < pieces; i++)
+        st_global_16(to + i * 512, round_16<dtype>(sum[i]));
+}
+
 #endif
