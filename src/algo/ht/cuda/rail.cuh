@@ -13,6 +13,7 @@
 #ifndef EPX_ALGO_HT_CUDA_RAIL_CUH
 #define EPX_ALGO_HT_CUDA_RAIL_CUH
 
+#include "algo/ht/cuda/copy.cuh"
 #include "algo/ht/cuda/wait.cuh"
 
 /* ---- where things are ---- */
@@ -289,22 +290,6 @@ EPX__DEVICE void rail_copy(char *to, const char *from, uint32_t bytes)
         for (uint32_t i = lane; i < bytes; i += 32)
             to[i] = ((const volatile char *)from)[i];
     }
-}
-/* Warp: a row of whole 16-byte pieces, four of a lane under way at a time. */
-EPX__DEVICE void rail_copy_16(char *to, const char *from, uint64_t bytes)
-{
-    uint64_t at = threadIdx.x % 32 * 16;
-    for (; at + 3 * 512 < bytes; at += 4 * 512) {
-        uint4 v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            v[i] = ld_global_16(from + at + i * 512);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            st_global_16(to + at + i * 512, v[i]);
-    }
-    for (; at < bytes; at += 512)
-        st_global_16(to + at, ld_global_16(from + at));
 }
 
 #endif

@@ -151,7 +151,7 @@ EPX__DEVICE void stage_row(const ht_rail_combine_t &p, int i, int d, uint32_t j)
     uint64_t row = (uint64_t)(uint32_t)p.h.start[r.rank_of[d * r.members + i]] + j, slot = j % p.ring_rows;
     char *ring = p.c.window + ring_at(p, i, d);
     if (stages_x(p))
-        rail_copy_16(ring + slot * p.row_bytes, p.x + row * p.x_stride, p.row_bytes);
+        copy_16(ring + slot * p.row_bytes, p.x + row * p.x_stride, p.row_bytes);
     if (stages_weights(p))
         rail_copy(ring + p.ring_weights + slot * 4 * p.topk, (const char *)(p.weights + row * p.topk), 4 * p.topk);
 }

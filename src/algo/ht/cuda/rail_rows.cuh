@@ -42,7 +42,7 @@ EPX__DEVICE void record_side(const ht_rows_t &p, char *to, uint32_t token)
 EPX__DEVICE void record_write(const ht_rows_t &p, char *to, uint32_t token)
 {
     uint32_t ids = p.topk * (uint32_t)p.bits / 8;
-    rail_copy_16(to, p.x + token * p.x_stride, p.row_bytes);
+    copy_16(to, p.x + token * p.x_stride, p.row_bytes);
     to += p.row_bytes;
     if (p.side_bytes)
         record_side(p, to, token);
@@ -144,7 +144,7 @@ EPX__DEVICE void record_read(const ht_rows_t &p, int m, int d, int source, uint3
     const char *record = rail_receive(r, m, d) + epx__rail_at(&p.rail_cut, (uint32_t)p.h.pull_row[list]);
     uint64_t row = (uint64_t)(uint32_t)p.h.start[source] + j;
     if (p.place.x)
-        rail_copy_16((char *)p.place.x + row * p.row_bytes, record, p.row_bytes);
+        copy_16((char *)p.place.x + row * p.row_bytes, record, p.row_bytes);
     record += p.row_bytes;
     if (p.place.side && p.side_bytes)
         rail_copy((char *)p.place.side + row * p.side_bytes, record, p.side_bytes);

@@ -14,6 +14,7 @@
 #ifndef EPX_ALGO_LL_CUDA_LL_FAR_CUH
 #define EPX_ALGO_LL_CUDA_LL_FAR_CUH
 
+#include "algo/ht/cuda/copy.cuh"
 #include "algo/ll/cuda/ll_far_channel.cuh"
 #include "algo/ll/cuda/ll_row.cuh"
 
@@ -251,23 +252,6 @@ EPX__DEVICE bool far_enter(const ll_common_t &l, ll_far_head_t &h, uint32_t kind
     if (!stop && blockIdx.x == 0 && threadIdx.x < 32)
         ll_tell_finished(l); /* the buffer's next kernel, whichever it is */
     return !stop;
-}
-
-/* A warp: whole 16-byte words, four of a lane under way at a time. Reads past L1. */
-EPX__DEVICE void far_copy(char *to, const char *from, uint32_t bytes)
-{
-    uint32_t at = threadIdx.x % 32 * 16;
-    for (; at + 3 * 512 < bytes; at += 4 * 512) {
-        uint4 v[4];
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++)
-            v[i] = ld_global_16(from + at + i * 512);
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++)
-            st_global_16(to + at + i * 512, v[i]);
-    }
-    for (; at < bytes; at += 512)
-        st_global_16(to + at, ld_global_16(from + at));
 }
 
 #endif

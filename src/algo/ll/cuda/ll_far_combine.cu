@@ -179,8 +179,8 @@ EPX__DEVICE void bring_back(const ll_far_combine_t &p, const ll_far_head_t &h, u
     }
     for (uint32_t m = places; m; m &= m - 1, at++) {
         uint32_t place = (uint32_t)__ffs((int)m) - 1;
-        far_copy(l.c.window + epx__ll_back_at(layout, h.slot, t, place),
-                 far_staging(l, epx__ll_back_row_at(layout, h.slot, at, stride)), stride);
+        copy_16(l.c.window + epx__ll_back_at(layout, h.slot, t, place),
+                far_staging(l, epx__ll_back_row_at(layout, h.slot, at, stride)), stride);
         if (lane == 0) /* read by a later kernel: no order is needed */
             *(uint64_t *)(l.c.window + epx__ll_back_flag_at(layout, h.slot, t, place)) = h.n;
     }

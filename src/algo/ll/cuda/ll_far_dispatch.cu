@@ -206,8 +206,8 @@ static __device__ void take_rows(const ll_far_dispatch_t &p, ll_far_head_t &h, c
             if (h.index[i] == FAR_NO_ROW)
                 continue;
             uint32_t token = tile + i, s = (uint32_t)rank;
-            far_copy(l.c.window + epx__ll_row_at(&l.c.layout.ll, h.slot, s, token),
-                     first + (size_t)h.index[i] * p.stride, p.stride);
+            copy_16(l.c.window + epx__ll_row_at(&l.c.layout.ll, h.slot, s, token),
+                    first + (size_t)h.index[i] * p.stride, p.stride);
             if (threadIdx.x % 32 == 0) /* read by a later kernel: no order is needed */
                 *(uint64_t *)(l.c.window + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, s, token)) = h.n;
         }
