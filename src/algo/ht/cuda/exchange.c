@@ -42,6 +42,7 @@ static void cut_rails(ht_cuda_t *h, cutter_t *c)
     h->rail_channels = cut(c, domains * EPX__RAIL_CHANNELS, sizeof *h->rail_channels);
     h->rail_state = cut(c, domains, sizeof *h->rail_state);
     h->rail_told = cut(c, ranks, 8);
+    h->rail_come = cut(c, ranks, 8);
     h->rail_hands = cut(c, ranks * HT_HANDS, 8);
     h->rail_before = cut(c, domains * h->groups_max, 4);
 }

@@ -41,7 +41,7 @@ typedef struct ht_cuda {
     int32_t *rail_rank_of, *rail_index_of;
     epx_port_channel_t *rail_channels;
     ht_rail_state_t *rail_state;
-    uint64_t *rail_told, *rail_hands;
+    uint64_t *rail_told, *rail_come, *rail_hands;
     uint32_t *rail_before;
     int32_t *try_result; /* pinned: status, peer */
     pthread_t watcher;

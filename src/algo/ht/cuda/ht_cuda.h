@@ -90,6 +90,7 @@ typedef struct ht_rails {
     const epx_port_channel_t *channels; /* [domains][EPX__RAIL_CHANNELS] */
     ht_rail_state_t *state;             /* [domains] */
     uint64_t *told;                     /* [members][domains] keeper: taken, as told */
+    uint64_t *come;                     /* [members][domains] keeper, for the pulling blocks: arrived */
     uint64_t *hands;                    /* [members * domains][HT_HANDS] rows each hand has done of a stream */
     uint32_t *before;                   /* [domains][groups_max] scratch of begin */
 } ht_rails_t;

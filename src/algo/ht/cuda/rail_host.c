@@ -49,6 +49,7 @@ epx_status_t epx__ht_cuda_rails_fill(ht_cuda_t *h)
                         .channels = h->rail_channels,
                         .state = h->rail_state,
                         .told = h->rail_told,
+                        .come = h->rail_come,
                         .hands = h->rail_hands,
                         .before = h->rail_before};
     for (int d = 0; d < t->domains; d++) {

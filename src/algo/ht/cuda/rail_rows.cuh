@@ -6,7 +6,8 @@
  * pull: copies my rows of each stream (member, domain) out of that member's receive ring to their final rows. Hand b of
  * B takes rows b, b + B, ... and says in `hands` how many it has done.
  *
- * keeper, one warp: tells the domain what has arrived, tells each member what I need no more, gives credit.
+ * keeper, one warp: tells the domain what has arrived from my rails, my pulling blocks what has at any member, each
+ * member what I need no more; gives credit.
  *
  * A record is x, side, ids, weights, one after the other, rounded up to 16 bytes; ids are global. A row is pulled by
  * one warp. Nobody here waits for one thing while another could move: see docs/PROTOCOL-NET.md.
@@ -169,7 +170,7 @@ EPX__DEVICE rail_turn_t pull_turn(const ht_rows_t &p, uint64_t n, int m, int d, 
     rail_turn_t turn = {0, rail_count(r.hands[(size_t)s * HT_HANDS + hand], n), 0};
     if (epx__rail_undone(hand, hands, turn.from) < my_rows(p, r.rank_of[d * r.members + m])) {
         turn.go = 1;
-        turn.count = rail_count(ld_acquire_sys_u64(&rail_words(r, r.index, m, d)->arrived), n);
+        turn.count = rail_count(ld_acquire_sys_u64(&r.come[s]), n);
     }
     return turn;
 }
@@ -244,7 +245,7 @@ EPX__DEVICE int keep_arrived(const ht_rows_t &p, uint64_t n, int d, uint32_t tot
     return 1;
 }
 
-/* Lane of stream (m, d): what I need no more, to member m. */
+/* Lane of stream (m, d): what has arrived, to the pulling blocks; what I need no more, to member m. 1 news, 0 none. */
 EPX__DEVICE int keep_taken(const ht_rows_t &p, uint64_t n, int m, int d)
 {
     const ht_rails_t &r = *p.c.rails;
@@ -253,6 +254,9 @@ EPX__DEVICE int keep_taken(const ht_rows_t &p, uint64_t n, int m, int d)
     if (told == (uint32_t)p.h.in_count[s])
         return 0;
     uint32_t come = rail_count(ld_acquire_sys_u64(&rail_words(r, r.index, m, d)->arrived), n);
+    int news = come > rail_count(r.come[s], n);
+    if (news)
+        st_release_sys_u64(&r.come[s], rail_word(n, come));
     for (uint32_t hand = 0; hand < p.rail_pull; hand++) {
         uint32_t done = rail_count(ld_acquire_sys_u64(&r.hands[(size_t)s * HT_HANDS + hand]), n);
         uint32_t undone = epx__rail_undone(hand, p.rail_pull, done);
@@ -260,7 +264,7 @@ EPX__DEVICE int keep_taken(const ht_rows_t &p, uint64_t n, int m, int d)
     }
     uint32_t taken = epx__rail_needless(p.h.pull_row + (size_t)source * r.tokens_max, rows, next, come);
     if (taken <= told)
-        return 0;
+        return news;
     r.told[s] = rail_word(n, taken);
     st_release_sys_u64(&rail_words(r, m, r.index, d)->taken, rail_word(n, taken));
     return 1;
