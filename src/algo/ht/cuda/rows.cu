@@ -15,104 +15,7 @@
 
 #include "algo/ht/cuda/flow.cuh"
 #include "algo/ht/cuda/rail_rows.cuh"
-
-/* Where rows for one rank go. Pointers that are NULL: that part is dropped. */
-typedef struct ht_dest {
-    char *x, *side, *idx, *weights, *src;
-    uint32_t first; /* my first row there */
-    uint32_t rows;  /* that I have for it */
-    uint32_t ring;  /* 0: final rows */
-    uint32_t batch; /* 0: it wants no progress words */
-    uint64_t room;  /* rows at x */
-} ht_dest_t;
-static_assert(sizeof(ht_dest_t) == HT_DEST_BYTES, "the host sizes the table");
-
-/* The same offsets as epx__place_layout_make's, which the API cut the lease by. */
-typedef struct ht_place_offsets {
-    uint64_t side, idx, weights, src;
-} ht_place_offsets_t;
-
-EPX__DEVICE uint64_t align_row(uint64_t bytes)
-{
-    return (bytes + EPX__ROW_ALIGN - 1) / EPX__ROW_ALIGN * EPX__ROW_ALIGN;
-}
-EPX__DEVICE ht_place_offsets_t place_offsets(const epx__row_shape_t &shape, uint64_t capacity)
-{
-    ht_place_offsets_t o;
-    o.side = align_row(capacity * shape.row_bytes);
-    o.idx = align_row(o.side + capacity * shape.side_bytes);
-    o.weights = align_row(o.idx + capacity * shape.topk * shape.idx_bytes);
-    o.src = align_row(o.weights + (shape.weights ? capacity * shape.topk * 4 : 0));
-    return o;
-}
-
-EPX__DEVICE void place_pointers(const epx__row_shape_t &shape, char *base, uint64_t capacity, ht_dest_t *d)
-{
-    ht_place_offsets_t o = place_offsets(shape, capacity);
-    d->x = base;
-    d->side = shape.side_bytes ? base + o.side : NULL;
-    d->idx = shape.topk ? base + o.idx : NULL;
-    d->weights = shape.topk && shape.weights ? base + o.weights : NULL;
-    d->src = shape.src_token ? base + o.src : NULL;
-}
-
-/* ---- publishing, and reading what peers published ---- */
-
-/* Ring (or place) of the i-th peer in this rank's window. */
-EPX__DEVICE uint64_t ring_offset(const ht_rows_t &p, int peer)
-{
-    int place = p.c.rails ? p.c.rails->index_of[peer] : peer < p.c.rank ? peer : peer - 1;
-    return p.place_offset + (p.direct ? 0 : p.ring_bytes * (uint64_t)place);
-}
-
-/* Words of the message, after the shape. */
-enum { WORD_SHAPE, WORD_PLACE, WORD_ROOM, WORDS }; /* room: capacity | direct << 40 | batch << 41 */
-
-EPX__DEVICE void publish_places(const ht_rows_t &p, uint64_t n, uint64_t consumed)
-{
-    const ht_common_t &c = p.c;
-    for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
-        if (!ht_neighbour(c, r))
-            continue;
-        uint64_t words[WORDS] = {c.shape, ring_offset(p, r), p.capacity | p.direct << 40 | (uint64_t)p.batch << 41};
-        if (!ht_post_packets(c, n, r, r == (int)threadIdx.x ? consumed : 0, words, WORDS))
-            return;
-    }
-}
-
-EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
-{
-    const ht_common_t &c = p.c;
-    d->first = (uint32_t)p.h.first[r];
-    d->rows = (uint32_t)p.h.matrix[(size_t)c.rank * (uint32_t)c.ranks + (uint32_t)r];
-    if (r == c.rank) {
-        d->x = (char *)p.place.x;
-        d->side = (char *)p.place.side;
-        d->idx = (char *)p.place.topk_idx;
-        d->weights = (char *)p.place.topk_weights;
-        d->src = (char *)(p.own ? p.h.src_token : p.place.src_token);
-        d->ring = d->batch = 0;
-        d->room = UINT64_MAX;
-        return true;
-    }
-    if (!ht_near(c, r)) { /* never looked up */
-        *d = ht_dest_t{};
-        return true;
-    }
-    uint64_t words[WORDS];
-    if (!ht_read_packets(c, n, r, words, WORDS))
-        return false;
-    uint64_t capacity = words[WORD_ROOM] & ((1ull << 40) - 1);
-    place_pointers(p.row_shape, c.peers[r] + words[WORD_PLACE], capacity, d);
-    d->room = capacity;
-    d->ring = words[WORD_ROOM] >> 40 & 1 ? 0 : (uint32_t)capacity;
-    d->batch = (uint32_t)(words[WORD_ROOM] >> 41);
-    if (d->rows == 0 || (d->ring ? capacity != 0 : d->first + (uint64_t)d->rows <= capacity))
-        return true;
-    ht_fault_t f = {EPX_E_OVERFLOW, HT_STAGE_OVERFLOW, r, capacity, d->first + (uint64_t)d->rows, 0};
-    ht_fail(c, n, f);
-    return false;
-}
+#include "algo/ht/cuda/rows_ids.cuh"
 
 /* ---- sending ---- */
 
@@ -120,31 +23,6 @@ EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
 typedef struct ht_item {
     uint32_t token, chunk;
 } ht_item_t;
-
-/* Lane's destination of one token. */
-typedef struct ht_aim {
-    int32_t rank, row; /* rank -1: none, nor any in later slots; AIM_FAR: in another domain */
-} ht_aim_t;
-#define AIM_FAR (-2)
-
-EPX__DEVICE ht_aim_t aim_at(const ht_rows_t &p, uint32_t token, uint32_t slot)
-{
-    ht_aim_t a = {-1, -1};
-    size_t i = (size_t)token * p.h.slots + slot;
-    if (slot < p.h.slots && token < p.tokens) {
-        a.rank = __ldg(&p.h.dst_rank[i]);
-        a.row = __ldg(&p.h.dst_row[i]);
-        if (p.c.rails && a.rank >= 0 && !ht_near(p.c, a.rank))
-            a.rank = AIM_FAR;
-    }
-    return a;
-}
-
-/* Lane: is this token's row to be loaded? Places behind the first 32 may name near ranks where these are all far. */
-EPX__DEVICE bool aimed(const ht_rows_t &p, ht_aim_t a)
-{
-    return a.rank >= 0 || (p.h.slots > 32 && a.rank != -1);
-}
 
 EPX__DEVICE uint32_t chunk_bytes_of(const ht_rows_t &p, uint32_t chunk)
 {
@@ -162,11 +40,6 @@ EPX__DEVICE void send_load(const ht_rows_t &p, const ht_stages_t &s, uint32_t i,
     if (side)
         bulk_load(stage_at(s, i) + p.cut.chunk_bytes, p.side + (int64_t)item.token * p.side_token_stride, p.side_bytes,
                   &s.bars[i]);
-}
-
-EPX__DEVICE uint64_t dest_row(const ht_dest_t &d, int32_t row)
-{
-    return d.ring ? ((uint32_t)row - d.first) % d.ring : (uint64_t)(uint32_t)row;
 }
 
 /* May this row be written? Ring slots are free once the row a lap earlier has been taken. */
@@ -225,64 +98,6 @@ EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint32_t token)
             ((uint16_t *)to)[e] = *(const uint16_t *)at;
         else
             to[e] = *at;
-    }
-}
-
-/* The k-th choice of one token. */
-typedef struct ht_choice {
-    uint32_t k;
-    int64_t id;
-    float weight;
-} ht_choice_t;
-
-EPX__DEVICE ht_choice_t choice_at(const ht_rows_t &p, uint32_t token, uint32_t k)
-{
-    ht_choice_t c = {k, -1, 0.0f};
-    size_t at = (size_t)token * p.topk + k;
-    if (k < p.topk) {
-        c.id = epx__topk_id(p.topk_idx, p.bits, at);
-        if (p.row_shape.weights)
-            c.weight = p.topk_weights[at];
-    }
-    return c;
-}
-
-/* Lane with choice k: the id as the destination sees it, its weight; k = 0: where the row came from. */
-EPX__DEVICE void send_ids(const ht_rows_t &p, const ht_dest_t &d, uint64_t row, uint32_t token, int rank, ht_choice_t c)
-{
-    if (c.k == 0 && d.src)
-        ((int32_t *)d.src)[row] = (int32_t)token;
-    if (c.k >= p.topk || (!d.idx && !d.weights))
-        return;
-    bool here = c.id >= 0 && c.id < (int64_t)p.map.experts && epx__expert_rank(&p.map, c.id) == rank;
-    int32_t local = here ? epx__expert_local(&p.map, c.id) : -1;
-    uint64_t at = row * p.topk + c.k;
-    if (d.idx && p.bits == 32)
-        ((int32_t *)d.idx)[at] = local;
-    else if (d.idx)
-        ((int64_t *)d.idx)[at] = local;
-    if (d.weights)
-        ((float *)d.weights)[at] = here ? c.weight : 0.0f;
-}
-
-/* One warp beside the senders: ids, weights and source tokens of the block's share of all tokens, some lanes a token.
- * Only when nobody asks for progress words, which would have to cover them. */
-EPX__DEVICE void send_ids_aside(const ht_rows_t &p, const ht_dest_t *dests)
-{
-    uint32_t lanes = 1, lane = threadIdx.x % 32;
-    while (lanes < p.topk)
-        lanes *= 2;
-    uint32_t tokens = 32 / lanes;
-    for (uint32_t t = blockIdx.x * tokens + lane / lanes; t < p.tokens; t += p.send_blocks * tokens) {
-        ht_choice_t c = choice_at(p, t, lane % lanes);
-        for (uint32_t slot = 0; slot < p.h.slots; slot++) {
-            ht_aim_t a = aim_at(p, t, slot);
-            if (a.rank == AIM_FAR)
-                continue;
-            if (a.rank < 0)
-                break;
-            send_ids(p, dests[a.rank], dest_row(dests[a.rank], a.row), t, a.rank, c);
-        }
     }
 }
 
@@ -489,41 +304,6 @@ __device__ bool copy_flow(const ht_rows_t &p, uint64_t n, int from, ht_flow_t *f
 
 /* ---- the half ---- */
 
-/* Rows behind the last one (worst case): ids -1, weights 0, no source. All threads of all blocks. */
-EPX__DEVICE void fill_tail(const ht_rows_t &p)
-{
-    uint64_t total = (uint64_t)(uint32_t)p.h.start[p.c.ranks - 1] +
-                     (uint32_t)p.h.matrix[(size_t)(p.c.ranks - 1) * (uint32_t)p.c.ranks + (uint32_t)p.c.rank];
-    uint64_t at = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (uint64_t)gridDim.x * blockDim.x;
-    for (uint64_t i = total * p.topk + at; i < p.tail_to * p.topk; i += step) {
-        if (p.place.topk_idx && p.bits == 32)
-            ((int32_t *)p.place.topk_idx)[i] = -1;
-        else if (p.place.topk_idx)
-            ((int64_t *)p.place.topk_idx)[i] = -1;
-        if (p.place.topk_weights)
-            p.place.topk_weights[i] = 0.0f;
-    }
-    int32_t *src = p.own ? p.h.src_token : p.place.src_token;
-    for (uint64_t i = total + at; p.first && src && i < p.tail_to && (!p.own || i < p.h.src_rows); i += step)
-        src[i] = -1;
-}
-
-/*
- * Where rows came from. With ids (first) it travels: into a lease, from where the handle keeps a copy; with the
- * caller's memory into the handle's array. Later dispatches of the handle take it from there.
- */
-EPX__DEVICE void copy_sources(const ht_rows_t &p, bool keep, uint64_t at, uint64_t step)
-{
-    const int32_t *from = keep ? p.place.src_token : p.h.src_token;
-    int32_t *to = keep ? p.h.src_token : p.place.src_token;
-    uint64_t rows = p.tail_to
-                        ? p.tail_to
-                        : (uint64_t)(uint32_t)p.h.start[p.c.ranks - 1] +
-                              (uint32_t)p.h.matrix[(size_t)(p.c.ranks - 1) * (uint32_t)p.c.ranks + (uint32_t)p.c.rank];
-    for (uint64_t i = at; to && from && i < rows && (!keep || i < p.h.src_rows); i += step)
-        to[i] = keep || i < p.h.src_rows ? (int32_t)ld_relaxed_sys_u32((const uint32_t *)&from[i]) : -1;
-}
-
 EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
 {
     ht_dest_t *dests = (ht_dest_t *)(shared + p.cut.table_offset);
@@ -553,11 +333,14 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
     if (worker) {
         send_items(p, x, s, a);
         tell_ended(b);
-    } else if (x.counted) {
-        announce<ht_sent_t, account_item>(sent, b, p.cut.warps);
-    } else if (p.first) {
-        send_ids_aside(p, dests);
+        return;
     }
+    if (!p.first) /* the warp has nothing else to do yet */
+        copy_sources(p, false, blockIdx.x * 32 + x.lane, p.send_blocks * 32);
+    if (x.counted)
+        announce<ht_sent_t, account_item>(sent, b, p.cut.warps);
+    else if (p.first)
+        send_ids_aside(p, dests);
 }
 
 EPX__DEVICE void copy_block(const ht_rows_t &p, ht_block_t *b, char *shared)
@@ -592,8 +375,6 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(cons
         copy_block(p, &b, shared);
     if (p.tail_to)
         fill_tail(p);
-    if (!p.first)
-        copy_sources(p, false, (uint64_t)blockIdx.x * blockDim.x + threadIdx.x, (uint64_t)gridDim.x * blockDim.x);
     bulk_wait_done();
     fence_proxy_async();
     if (!ht_last_block(p.c, &b))
