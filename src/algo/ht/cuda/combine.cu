@@ -44,14 +44,16 @@ EPX__DEVICE uint64_t ring_of(const ht_combine_t &p, int peer)
 /* Words of the message, after the shape. An offset of 0: pushed into the reader's ring. */
 enum { WORD_SHAPE, WORD_X, WORD_STRIDE, WORD_WEIGHTS, WORD_RING, WORDS };
 
-EPX__DEVICE void publish_x(const ht_combine_t &p, uint64_t n, uint64_t consumed)
+EPX__DEVICE void publish_x(const ht_combine_t &p, uint64_t n, ht_lead_t lead)
 {
     const ht_common_t &c = p.c;
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
         if (r == c.rank)
             continue;
         uint64_t words[WORDS] = {c.shape, p.x_offset, p.x_stride, p.weights_offset, ring_of(p, r)};
-        if (!ht_post_packets(c, n, r, r == (int)threadIdx.x ? consumed : 0, words, WORDS))
+        if (r != (int)threadIdx.x)
+            lead = ht_lead_t{c.peers[r], 0};
+        if (!ht_post_led(c, n, r, lead, words, WORDS))
             return;
     }
 }
@@ -69,14 +71,15 @@ EPX__DEVICE bool read_source(const ht_combine_t &p, uint64_t n, int r, ht_source
         return true;
     }
     uint64_t words[WORDS];
+    const char *window = c.peers[r]; /* looked up before the message comes */
     if (!ht_read_packets(c, n, r, words, WORDS))
         return false;
     uint64_t x = words[WORD_X], weights = words[WORD_WEIGHTS];
     char *ring = c.window + ring_of(p, r);
-    s->x = x ? c.peers[r] + x : ring;
+    s->x = x ? window + x : ring;
     s->x_stride = x ? words[WORD_STRIDE] : p.row_bytes;
     s->x_ring = x ? 0 : (uint32_t)p.ring_rows;
-    s->weights = (const float *)(weights ? c.peers[r] + weights : ring + p.ring_weights);
+    s->weights = (const float *)(weights ? window + weights : ring + p.ring_weights);
     s->w_ring = p.weights && !weights ? (uint32_t)p.ring_rows : 0;
     return true;
 }
@@ -253,20 +256,52 @@ EPX__DEVICE void add_weights(const ht_combine_t &p, const ht_source_t *sources, 
     p.out_weights[(size_t)token * p.topk + lane] = sum;
 }
 
-/* An adding warp: every `warps`-th token from `w` on. */
+/* An adding warp: every `warps`-th token from `w` on, below `whole`; what is left is dealt out chunk by chunk. */
 typedef struct ht_adder {
     const ht_source_t *sources;
     ht_block_t *b;
     uint32_t w, warps;
+    uint32_t whole;
     bool credit; /* somebody waits for what has been read */
 } ht_adder_t;
 
-/* What an adding warp loads next: a token, a chunk of it, and lane j's row. */
+/*
+ * A warp's way. The tokens do not divide evenly among the warps: were the last ones dealt out whole, some warps would
+ * work a whole token longer than others. Where progress is told, it is told by whole tokens.
+ */
+typedef struct ht_walk {
+    uint32_t token, chunk;
+    uint32_t piece; /* number among the chunks that are left over */
+} ht_walk_t;
+
+EPX__DEVICE ht_walk_t walk_left(const ht_combine_t &p, const ht_adder_t &x, uint32_t piece)
+{
+    return ht_walk_t{x.whole + piece / p.cut.chunks, piece % p.cut.chunks, piece};
+}
+EPX__DEVICE ht_walk_t walk_first(const ht_combine_t &p, const ht_adder_t &x)
+{
+    return x.w < x.whole ? ht_walk_t{x.w, 0, 0} : walk_left(p, x, x.w);
+}
+EPX__DEVICE bool walk_stays(const ht_combine_t &p, const ht_adder_t &x, const ht_walk_t &at)
+{
+    return at.token < x.whole && at.chunk + 1 < p.cut.chunks;
+}
+/* The first chunk of what comes after this token (or left-over chunk). */
+EPX__DEVICE ht_walk_t walk_after(const ht_combine_t &p, const ht_adder_t &x, const ht_walk_t &at)
+{
+    if (at.token >= x.whole)
+        return walk_left(p, x, at.piece + x.warps);
+    return at.token + x.warps < x.whole ? ht_walk_t{at.token + x.warps, 0, 0} : walk_left(p, x, x.w);
+}
+
+/* What an adding warp loads next: where it is, and lane j's row. */
 typedef struct ht_loader {
-    uint32_t token, chunk, stage;
-    uint32_t rows; /* of the token */
-    ht_pick_t pick, next;
-    const char *from; /* lane's row; NULL: none */
+    ht_walk_t at;
+    bool open;            /* the token's rows have come, `from` and `rows` are its */
+    uint32_t stage, rows; /* rows: of the token */
+    uint32_t rows_in;     /* rows in each stage, 8 bits each */
+    ht_pick_t pick, next; /* of this token, and of the one after */
+    const char *from;     /* lane's row; NULL: none */
 } ht_loader_t;
 
 /* Warp: at a new token, have its rows come? Lane's row is where it says then. 1 yes, 0 not yet, -1 stop. */
@@ -278,62 +313,69 @@ EPX__DEVICE int open_token(const ht_combine_t &p, const ht_adder_t &x, ht_loader
     l->rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, l->pick.rank >= 0));
     if (l->from && x.sources[l->pick.rank].x_ring)
         fence_proxy_async(); /* announced by a word, read by the engine */
-    l->next = pick_at(p, l->token + x.warps, threadIdx.x % 32);
+    l->next = pick_at(p, walk_after(p, x, l->at).token, threadIdx.x % 32);
+    l->open = true;
     return 1;
 }
 
 /* Warp: start loading one chunk of every row of the token into the next stage. 1 done, 0 nothing (yet), -1 stop. */
 EPX__DEVICE int load_chunk(const ht_combine_t &p, const ht_adder_t &x, const ht_stages_t &s, ht_loader_t *l, bool wait)
 {
-    if (l->token >= p.tokens)
+    if (l->at.token >= p.tokens)
         return 0;
-    if (l->chunk == 0) {
+    if (!l->open) {
         int opened = open_token(p, x, l, wait);
         if (opened != 1)
             return opened;
     }
-    uint32_t bytes = chunk_bytes_of(p, l->chunk), lane = threadIdx.x % 32;
+    uint32_t bytes = chunk_bytes_of(p, l->at.chunk), lane = threadIdx.x % 32;
     if (lane == 0)
         mbarrier_expect_bytes(&s.bars[l->stage], l->rows * bytes);
     __syncwarp();
     if (l->from)
-        bulk_load(stage_at(s, l->stage) + lane * p.cut.chunk_bytes, l->from + l->chunk * p.cut.chunk_bytes, bytes,
+        bulk_load(stage_at(s, l->stage) + lane * p.cut.chunk_bytes, l->from + l->at.chunk * p.cut.chunk_bytes, bytes,
                   &s.bars[l->stage]);
+    l->rows_in = (l->rows_in & ~(0xffu << 8 * l->stage)) | l->rows << 8 * l->stage;
     l->stage = l->stage + 1 == p.cut.stages ? 0 : l->stage + 1;
-    if (++l->chunk == p.cut.chunks) {
-        l->chunk = 0;
-        l->token += x.warps;
+    if (walk_stays(p, x, l->at)) {
+        l->at.chunk++;
+    } else {
+        l->at = walk_after(p, x, l->at);
         l->pick = l->next;
+        l->open = false;
     }
     return 1;
 }
 
-/* Warp: all its tokens through the stages, as far ahead as their rows have come. */
+/* Warp: all it has to add through the stages, as far ahead as the rows have come. `pick`: of its first token. */
 template <int dtype>
-EPX__DEVICE bool add_tokens(const ht_combine_t &p, const ht_adder_t &x, ht_stages_t &s)
+EPX__DEVICE bool add_tokens(const ht_combine_t &p, const ht_adder_t &x, ht_stages_t &s, ht_pick_t pick)
 {
-    ht_loader_t l = {x.w, 0, 0, 0, pick_at(p, x.w, threadIdx.x % 32), {-1, -1}, NULL};
+    ht_walk_t at = walk_first(p, x);
+    ht_loader_t l = {at, false, 0, 0, 0, pick, {-1, -1}, NULL};
     uint32_t i = 0, loaded = 0, done = 0;
-    for (uint32_t token = x.w; token < p.tokens; token += x.warps) {
-        ht_pick_t k = pick_at(p, token, threadIdx.x % 32);
-        uint32_t rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, k.rank >= 0));
-        for (uint32_t chunk = 0; chunk < p.cut.chunks; chunk++) {
-            int more = 1;
-            while (loaded < p.cut.stages && more == 1) {
-                more = load_chunk(p, x, s, &l, loaded == 0);
-                loaded += more == 1;
-            }
-            if (loaded == 0)
-                return false;
-            stage_wait(s, i);
-            add_staged<dtype>(p, stage_at(s, i), rows, token, chunk);
-            __syncwarp();
-            i = i + 1 == p.cut.stages ? 0 : i + 1;
-            loaded--;
+    while (at.token < p.tokens) {
+        int more = 1;
+        while (loaded < p.cut.stages && more == 1) {
+            more = load_chunk(p, x, s, &l, loaded == 0);
+            loaded += more == 1;
         }
-        add_weights(p, x.sources, token);
-        if (x.credit)
-            tell_progress(x.b, ++done);
+        if (loaded == 0)
+            return false;
+        stage_wait(s, i);
+        add_staged<dtype>(p, stage_at(s, i), l.rows_in >> 8 * i & 0xffu, at.token, at.chunk);
+        __syncwarp();
+        i = i + 1 == p.cut.stages ? 0 : i + 1;
+        loaded--;
+        if (at.chunk + 1 == p.cut.chunks) {
+            add_weights(p, x.sources, at.token);
+            if (x.credit)
+                tell_progress(x.b, ++done);
+        }
+        if (walk_stays(p, x, at))
+            at.chunk++;
+        else
+            at = walk_after(p, x, at);
     }
     return true;
 }
@@ -368,16 +410,20 @@ template <int dtype>
 EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
     ht_source_t *sources = (ht_source_t *)(shared + p.cut.table_offset);
-    uint32_t blocks = gridDim.x - p.push_blocks;
+    uint32_t blocks = gridDim.x - p.push_blocks, warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
+    ht_adder_t x = {sources, b, warp * blocks + blockIdx.x - p.push_blocks, blocks * p.cut.warps, p.tokens, false};
+    ht_pick_t pick = {-1, -1};
     bool ok = true;
+    if (EPX__BULK && p.slots_bulk && warp < p.cut.warps) {
+        x.whole = p.tokens / x.warps * x.warps;
+        pick = pick_at(p, walk_first(p, x).token, threadIdx.x % 32); /* while the messages are on their way */
+    }
     for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
         ok = read_source(p, b->n, r, &sources[r]);
     fence_proxy_async(); /* where rows are was published by ordinary stores */
     if (!__syncthreads_and(ok))
         return;
-    ht_adder_t x = {sources, b, threadIdx.x / 32 * blocks + blockIdx.x - p.push_blocks, blocks * p.cut.warps,
-                    any_credit(p, sources)};
-    uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
+    x.credit = any_credit(p, sources);
     if (warp == announcer && x.credit) {
         ht_added_t added = {&p, sources};
         announce<ht_added_t, account_added>(added, b, p.cut.warps);
@@ -386,7 +432,11 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
         return;
     if (EPX__BULK && p.slots_bulk) {
         ht_stages_t s = stages_init(p.cut, shared);
-        add_tokens<dtype>(p, x, s);
+        if (x.credit) {
+            x.whole = UINT32_MAX;
+            pick = pick_at(p, x.w, threadIdx.x % 32);
+        }
+        add_tokens<dtype>(p, x, s, pick);
     } else {
         add_tokens_plain<dtype>(p, x);
     }
@@ -412,27 +462,21 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_combine_kernel(c
 {
     extern __shared__ __align__(128) char shared[];
     __shared__ ht_block_t b;
-    uint64_t consumed = 0;
-    if (blockIdx.x == 0 && threadIdx.x < (uint32_t)p.c.ranks)
-        consumed = ld_acquire_sys_u64(&words_at(p.c, p.c.window, (int)threadIdx.x)->consumed);
-    if (!ht_enter(p.c, &b))
+    ht_lead_t lead = {};
+    if (!ht_enter_led(p.c, &b, &lead))
         return;
     if (blockIdx.x == 0)
-        publish_x(p, b.n, consumed);
+        publish_x(p, b.n, lead);
     if (blockIdx.x < p.push_blocks)
         push_block(p, &b, shared);
     else
         add_block<dtype>(p, &b, shared);
     bulk_wait_done();
     fence_proxy_async();
-    if (!ht_last_block(p.c, &b))
+    if (!ht_count_block(p.c, &b, true))
         return;
-    bool good = b.stop == 0;
-    if (good) {
-        ht_tell_end(p.c, b.n);
-        good = ht_wait_ends(p.c, &b); /* the owners of my rows have read them: x may be overwritten */
-    }
-    ht_leave(p.c, &b, good);
+    /* The owners of my rows have read them: x may be overwritten. */
+    ht_leave(p.c, &b, b.stop == 0 && ht_wait_ends(p.c, &b));
 }
 
 static const void *combine_kernel(int dtype)

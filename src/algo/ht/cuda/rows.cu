@@ -188,11 +188,11 @@ EPX__DEVICE void send_ahead(const ht_rows_t &p, const ht_sender_t &x, const ht_s
     }
 }
 
-/* Warp: all its items. The first one is being loaded into stage 0, if its token goes anywhere; `a` says where. */
-EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t a)
+/* Warp: all its items. The first one is being loaded into stage 0, if its token goes anywhere; `a` says where, `next`
+ * where the token after it goes. */
+EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t a, ht_aim_t next)
 {
     ht_item_t item = {x.warp, 0};
-    ht_aim_t next = aim_at(p, x.warp + x.warps, x.lane);
     ht_choice_t c = {x.lane, -1, 0.0f};
     uint32_t i = 0;
     bool ok = true;
@@ -312,10 +312,11 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
         0,     false};
     bool worker = threadIdx.x / 32 < p.cut.warps, ok = true, loading = false;
     ht_stages_t s = {};
-    ht_aim_t a = {-1, -1};
+    ht_aim_t a = {-1, -1}, next = a;
     if (worker) {
         s = stages_init(p.cut, shared);
         a = aim_at(p, x.warp, x.lane);
+        next = aim_at(p, x.warp + x.warps, x.lane);
         loading = __any_sync(0xffffffffu, aimed(p, a)) != 0;
         if (loading)
             send_ahead(p, x, s, 0, ht_item_t{x.warp, 0}); /* reading one's own x needs nobody's leave */
@@ -331,7 +332,7 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
     x.counted = any_counted(p, dests);
     ht_sent_t sent = {&p, dests};
     if (worker) {
-        send_items(p, x, s, a);
+        send_items(p, x, s, a, next);
         tell_ended(b);
         return;
     }
@@ -360,13 +361,11 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(cons
 {
     extern __shared__ __align__(128) char shared[];
     __shared__ ht_block_t b;
-    uint64_t consumed = 0;
-    if (blockIdx.x == 0 && threadIdx.x < (uint32_t)p.c.ranks)
-        consumed = ld_acquire_sys_u64(&words_at(p.c, p.c.window, (int)threadIdx.x)->consumed);
-    if (!ht_enter(p.c, &b))
+    ht_lead_t lead = {};
+    if (!ht_enter_led(p.c, &b, &lead))
         return;
     if (blockIdx.x == 0 && (!p.c.rails || rail_mail(p.c, b.n)))
-        publish_places(p, b.n, consumed);
+        publish_places(p, b.n, lead);
     if (blockIdx.x < p.send_blocks)
         send_block(p, &b, shared);
     else if (blockIdx.x >= p.near_blocks)
@@ -377,11 +376,10 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_rows_kernel(cons
         fill_tail(p);
     bulk_wait_done();
     fence_proxy_async();
-    if (!ht_last_block(p.c, &b))
+    if (!ht_count_block(p.c, &b, true))
         return;
     bool good = b.stop == 0;
     if (good) {
-        ht_tell_end(p.c, b.n);
         good = ht_wait_ends(p.c, &b);
         if (good && p.first)
             copy_sources(p, !p.own, threadIdx.x, blockDim.x);

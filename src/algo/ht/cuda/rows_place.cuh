@@ -58,14 +58,16 @@ EPX__DEVICE uint64_t ring_offset(const ht_rows_t &p, int peer)
 /* Words of the message, after the shape. */
 enum { WORD_SHAPE, WORD_PLACE, WORD_ROOM, WORDS }; /* room: capacity | direct << 40 | batch << 41 */
 
-EPX__DEVICE void publish_places(const ht_rows_t &p, uint64_t n, uint64_t consumed)
+EPX__DEVICE void publish_places(const ht_rows_t &p, uint64_t n, ht_lead_t lead)
 {
     const ht_common_t &c = p.c;
     for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x) {
         if (!ht_neighbour(c, r))
             continue;
         uint64_t words[WORDS] = {c.shape, ring_offset(p, r), p.capacity | p.direct << 40 | (uint64_t)p.batch << 41};
-        if (!ht_post_packets(c, n, r, r == (int)threadIdx.x ? consumed : 0, words, WORDS))
+        if (r != (int)threadIdx.x)
+            lead = ht_lead_t{c.peers[r], 0};
+        if (!ht_post_led(c, n, r, lead, words, WORDS))
             return;
     }
 }
@@ -90,10 +92,11 @@ EPX__DEVICE bool read_place(const ht_rows_t &p, uint64_t n, int r, ht_dest_t *d)
         return true;
     }
     uint64_t words[WORDS];
+    char *window = c.peers[r]; /* looked up before the message comes */
     if (!ht_read_packets(c, n, r, words, WORDS))
         return false;
     uint64_t capacity = words[WORD_ROOM] & ((1ull << 40) - 1);
-    place_pointers(p.row_shape, c.peers[r] + words[WORD_PLACE], capacity, d);
+    place_pointers(p.row_shape, window + words[WORD_PLACE], capacity, d);
     d->room = capacity;
     d->ring = words[WORD_ROOM] >> 40 & 1 ? 0 : (uint32_t)capacity;
     d->batch = (uint32_t)(words[WORD_ROOM] >> 41);

@@ -212,14 +212,19 @@ EPX__DEVICE void *packet_at(epx__message_t *m, int i)
     return (char *)m + 16 * i;
 }
 
-/* One thread: words[0] is the shape. `consumed` was read before: often it is enough. False: stop. */
-EPX__DEVICE bool ht_post_packets(const ht_common_t &c, uint64_t n, int to, uint64_t consumed, const uint64_t *words,
-                                 int count)
+/* What the thread that posts a message looks up before: where to, and the peer's `consumed`, which is often enough. */
+typedef struct ht_lead {
+    char *window;
+    uint64_t consumed;
+} ht_lead_t;
+
+/* One thread: words[0] is the shape. False: stop. */
+EPX__DEVICE bool ht_post_led(const ht_common_t &c, uint64_t n, int to, ht_lead_t lead, const uint64_t *words, int count)
 {
     const uint64_t *word = &words_at(c, c.window, to)->consumed;
-    if (n > 2 && consumed < n - 2 && !ht_wait(c, n, word, n - 2, to, HT_STAGE_MAILBOX))
+    if (n > 2 && lead.consumed < n - 2 && !ht_wait(c, n, word, n - 2, to, HT_STAGE_MAILBOX))
         return false;
-    epx__message_t *m = mail_at(c, c.peers[to], c.rank, n);
+    epx__message_t *m = mail_at(c, lead.window, c.rank, n);
     /* What the message permits to touch was last used by earlier kernels of this stream: nothing to fence here. */
     for (int i = 0; i < count; i++)
         st_relaxed_sys_pair(packet_at(m, i + 1), packet_tag(n), words[i]);
@@ -227,58 +232,88 @@ EPX__DEVICE bool ht_post_packets(const ht_common_t &c, uint64_t n, int to, uint6
     return true;
 }
 
+EPX__DEVICE bool ht_post_packets(const ht_common_t &c, uint64_t n, int to, uint64_t consumed, const uint64_t *words,
+                                 int count)
+{
+    return ht_post_led(c, n, to, ht_lead_t{c.peers[to], consumed}, words, count);
+}
+
+/* One look at a message: all packets at once, for each look is a way to memory. Are all there? */
+EPX__DEVICE bool look_packets(epx__message_t *m, uint64_t n, epx__pair_t *head, uint64_t *words, int count)
+{
+    uint32_t there = 0;
+    *head = ld_relaxed_sys_pair(m);
+    for (int i = 0; i < count; i++) {
+        epx__pair_t packet = ld_relaxed_sys_pair(packet_at(m, i + 1));
+        words[i] = packet.second;
+        there += packet.first == packet_tag(n);
+    }
+    return head->first >= n && there == (uint32_t)count;
+}
+
 /* One thread: the packets of `from`, words[0] the shape. False: stop. */
 EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uint64_t *words, int count)
 {
     epx__message_t *m = mail_at(c, c.window, from, n);
-    epx__pair_t head = ld_relaxed_sys_pair(m);
-    if (head.first < n) {
-        if (!ht_wait(c, n, &m->sequence, n, from, HT_STAGE_MESSAGE))
-            return false;
-        head = ld_relaxed_sys_pair(m);
+    epx__pair_t head;
+    for (uint32_t looks = 1; !look_packets(m, n, &head, words, count); looks++) {
+        if (head.first < n) {
+            if (looks >= 16 && !ht_wait(c, n, &m->sequence, n, from, HT_STAGE_MESSAGE))
+                return false;
+        } else if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)) ||
+                   ht_stopped(c, n, false)) {
+            return false; /* the right kind's packets left before the head: at most a moment */
+        }
     }
     if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)))
         return false;
-    for (bool all = false; !all;) { /* they left before the head: at most a moment */
-        all = true;
-        for (int i = 0; i < count; i++) {
-            epx__pair_t packet = ld_relaxed_sys_pair(packet_at(m, i + 1));
-            words[i] = packet.second;
-            all = all && packet.first == packet_tag(n);
-        }
-        if (!all && ht_stopped(c, n, false))
-            return false;
-    }
     fence_acq_rel_sys();
     return ht_right_shape(c, n, from, words[0]);
 }
 
 /* ---- entering and leaving a half ---- */
 
-EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
+/* With `lead`: thread r of block 0 also looks up what it needs to post to rank r. All looks are under way together. */
+EPX__DEVICE bool ht_enter_led(const ht_common_t &c, ht_block_t *b, ht_lead_t *lead)
 {
     if (!c.state)
         return false; /* a first launch, at creation: see epx__ht_load_begin */
+    uint64_t alarm = 0, sequence = 0;
+    if (threadIdx.x == 0) {
+        alarm = ld_relaxed_sys_u64(alarm_of(c, c.window));
+        sequence = ld_relaxed_sys_u64(&c.state->sequence);
+    }
+    if (lead && blockIdx.x == 0 && threadIdx.x < (uint32_t)c.ranks) {
+        lead->window = c.peers[threadIdx.x];
+        lead->consumed =
+            ld_acquire_sys_u64(&words_at(c, c.window, (int)threadIdx.x)->consumed); /* what follows waits */
+    }
     if (threadIdx.x < HT_WARPS_MAX)
         b->progress[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         b->ended = 0;
-        uint64_t alarm = ld_relaxed_sys_u64(alarm_of(c, c.window)), sequence = ld_relaxed_sys_u64(&c.state->sequence);
         b->n = sequence + 1;
         b->stop = alarm != 0 && ht_stopped(c, b->n, false);
     }
     __syncthreads();
     return b->stop == 0;
 }
+EPX__DEVICE bool ht_enter(const ht_common_t &c, ht_block_t *b)
+{
+    return ht_enter_led(c, b, NULL);
+}
 
 /*
  * True in the last block of the grid, for all its threads: what the other blocks did is seen. Whoever failed, or heard
- * of a failure, has raised the own window's alarm and says so in the upper half of the count: b->stop.
+ * of a failure, has raised the own window's alarm and says so in the upper half of the count: b->stop. With `tell`, and
+ * if nobody failed, the peers are told at once that this rank's part of the half is done.
  */
-EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
+EPX__DEVICE bool ht_count_block(const ht_common_t &c, ht_block_t *b, bool tell)
 {
+    uint32_t lane = threadIdx.x;
     __syncthreads();
-    if (threadIdx.x == 0) {
+    char *window = tell && lane < 32 && lane < (uint32_t)c.ranks ? c.peers[lane] : NULL; /* looked up meanwhile */
+    if (lane == 0) {
         uint32_t stopped = ld_relaxed_sys_u64(alarm_of(c, c.window)) != 0;
         fence_acq_rel_sys();
         uint32_t before = add_relaxed_gpu_u32(&c.state->blocks_done, 1u | stopped << 16);
@@ -288,8 +323,19 @@ EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
         if (b->last && b->stop)
             ht_stopped(c, b->n, false); /* leaves the host its record */
     }
+    if (tell && lane < 32) {
+        __syncwarp();
+        for (uint32_t r = lane; b->last && !b->stop && r < (uint32_t)c.ranks; r += 32) {
+            if (ht_neighbour(c, (int)r))
+                st_release_sys_u64(&words_at(c, r < 32 ? window : c.peers[r], c.rank)->consumed, b->n);
+        }
+    }
     __syncthreads();
     return b->last != 0;
+}
+EPX__DEVICE bool ht_last_block(const ht_common_t &c, ht_block_t *b)
+{
+    return ht_count_block(c, b, false);
 }
 
 /* Last block: my part of the half is done; tell the peers. */
@@ -301,8 +347,8 @@ EPX__DEVICE void ht_tell_end(const ht_common_t &c, uint64_t n)
     }
 }
 
-/* Last block: wait until all peers have done theirs. The alarm is looked at together with the last look at each word.
- */
+/* Last block: wait until all peers have done theirs. The alarm is looked at together with the last look at each word:
+ * who fails in this half does not write it. */
 EPX__DEVICE bool ht_wait_ends(const ht_common_t &c, ht_block_t *b)
 {
     bool ok = true;
@@ -311,8 +357,8 @@ EPX__DEVICE bool ht_wait_ends(const ht_common_t &c, ht_block_t *b)
         uint64_t seen = b->n, raised = 0;
         bool near = ht_neighbour(c, r);
         for (int polls = 0; polls < 64 && near; polls++) {
+            raised = ld_relaxed_sys_u64(alarm); /* first: what follows an acquire waits for it */
             seen = ld_acquire_sys_u64(word);
-            raised = ld_relaxed_sys_u64(alarm);
             if (seen >= b->n || raised)
                 break;
         }
