@@ -30,7 +30,8 @@ epx_status_t epx__window_layout_make(uint32_t ranks, const epx_buffer_config_t *
 {
     epx__window_layout_t l = {.ranks = ranks, .chunk_words = chunk_words};
     cursor_t c = {0};
-    uint64_t message = sizeof(epx__message_t) + 4ull * ranks + 4ull * config->experts_max;
+    uint64_t count = chunk_words ? 8 : 4; /* bytes: CUDA's counts are words that say themselves that they have come */
+    uint64_t message = EPX__COUNTS_OFFSET + count * ranks + count * config->experts_max;
     l.message_bytes = (message + EPX__LINE - 1) / EPX__LINE * EPX__LINE;
     l.control_offset = cursor_take(&c, 1, sizeof(epx__control_t), EPX__LINE);
     l.errors_offset = cursor_take(&c, ranks, sizeof(epx__error_slot_t), EPX__LINE);

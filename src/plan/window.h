@@ -67,8 +67,11 @@ typedef struct epx__message {
     uint64_t weights;         /* row j at weights + j * topk * 4 */
     uint64_t ring, ring_rows; /* staging ring of the reader's own: place layout of what is staged; ring 0: nothing is */
     uint64_t spare[2];
-    /* BEGIN: int32_t to_rank[ranks], then int32_t to_expert[local experts of the reader] */
+    /* BEGIN: int32_t to_rank[ranks], then int32_t to_expert[local experts of the reader]; with CUDA uint64_t from
+     * EPX__COUNTS_OFFSET on (algo/ht/cuda/counts.cuh) */
 } epx__message_t;
+
+#define EPX__COUNTS_OFFSET ((sizeof(epx__message_t) + 15) / 16 * 16)
 
 /* ---- words: written by the peer `from`, [ranks] lines each ---- */
 

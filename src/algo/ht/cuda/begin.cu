@@ -1,21 +1,26 @@
 /*
  * begin: from top-k ids (or a mask) to every row's final place.
  *
- *   1  all blocks   tokens in groups of 32, a warp each, a lane a token: which tokens of the group go to rank r (a word
- * of bits), how many to each expert
+ *   1  all blocks     tokens in groups of 32, a warp each, a lane a token: which tokens of the group go to rank r (a
+ *                     word of bits), how many to each expert
  *      -- grid barrier --
- *   2  block 0      per rank: sums over the groups; posts the counts to every peer, reads theirs; first rows by prefix
- * sums; counts into host memory. Several domains: to and from the rails first, see rail_begin.cuh
- *      -- grid barrier --
- *   3  all blocks   dst_rank, dst_row: first row at that rank + tokens of earlier groups + tokens of earlier lanes
+ *   2  all blocks     per rank: sums over the groups. Block 0 posts the totals and the counts of experts as it has them
+ *   3  the others     dst_rank, dst_row: tokens of earlier groups + tokens of earlier lanes, while counts are on their
+ *                     way
+ *   4  block 0        hears all counts, tells the host as they come, first rows by prefix sums into the record
+ *      the others     hear what sources before this one send: the first rows
+ *   5  all blocks     the first row at its rank is added to each dst_row
  *
- * Everything the host learns is also in the handle's device arrays, so that a replayed graph needs no host.
+ * Several domains: block 0 sends to the rails and hears them before it posts (rail_begin.cuh), and a second grid
+ * barrier stands before 5. Everything the host learns is also in the handle's device arrays, so that a replayed graph
+ * needs no host. A grid of one block does all.
  */
 #include <cuda_runtime.h>
 
-#include "algo/ht/cuda/rail_begin.cuh"
+#include "algo/ht/cuda/counts.cuh"
 
 #define BEGIN_THREADS 512
+#define HISTOGRAM 1024u /* experts that a block counts in shared memory */
 
 /* All blocks have arrived `nth` times. The grid is resident as a whole (see epx__ht_launch_begin's caller). */
 EPX__DEVICE bool grid_barrier(const ht_common_t &c, ht_block_t *b, uint32_t nth)
@@ -52,128 +57,159 @@ EPX__DEVICE int64_t topk_id(const ht_begin_t &p, size_t i)
     return id >= 0 && id < (int64_t)p.map.experts ? id : (id == -1 ? -1 : -2);
 }
 
-/* ---- stage 1 ---- */
+/* ---- which tokens go where ---- */
 
-EPX__DEVICE void count_token(const ht_begin_t &p, uint32_t token, uint32_t group, uint32_t mine)
+/*
+ * Lane: which of the ranks r0 .. r0 + 31 its token goes to. The loads of several ids are under way together. `counts`:
+ * the ids are counted there, if not NULL.
+ */
+EPX__DEVICE uint32_t rank_bits(const ht_begin_t &p, uint32_t token, uint32_t r0, uint32_t *counts)
 {
-    if (p.topk == 0) {
-        for (int r = 0; r < p.c.ranks; r++) {
-            if (p.in_rank[(size_t)token * (uint32_t)p.c.ranks + (uint32_t)r])
-                atomicOr(&p.bit[(size_t)r * p.groups_max + group], mine);
+    uint32_t bits = 0, bad = 0, ranks = (uint32_t)p.c.ranks;
+    for (uint32_t i = 0; p.topk == 0 && i < 32 && r0 + i < ranks; i++)
+        bits |= (p.in_rank[(size_t)token * ranks + r0 + i] ? 1u : 0u) << i;
+    for (uint32_t k0 = 0; k0 < p.topk; k0 += 8) {
+        int64_t id[8];
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++)
+            id[i] = k0 + i < p.topk ? topk_id(p, (size_t)token * p.topk + k0 + i) : -1;
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {
+            bad += id[i] == -2;
+            if (id[i] < 0)
+                continue;
+            uint32_t rank = (uint32_t)epx__expert_rank(&p.map, id[i]) - r0;
+            bits |= rank < 32 ? 1u << rank : 0;
+            if (counts)
+                atomicAdd(&counts[id[i]], 1u);
         }
-        return;
     }
-    uint32_t bad = 0;
-    for (uint32_t k = 0; k < p.topk; k++) {
-        int64_t id = topk_id(p, (size_t)token * p.topk + k);
-        bad += id == -2;
-        if (id < 0)
-            continue;
-        atomicOr(&p.bit[(size_t)epx__expert_rank(&p.map, id) * p.groups_max + group], mine);
-        atomicAdd(&p.expert_count[id], 1u);
-    }
-    if (bad)
+    if (bad && counts)
         atomicAdd(&p.c.state->bad_ids, bad);
+    return bits;
 }
 
-EPX__DEVICE void count_groups(const ht_begin_t &p)
+/* `histogram`: shared memory. */
+EPX__DEVICE void count_groups(const ht_begin_t &p, uint32_t *histogram)
 {
     uint32_t groups = (p.tokens + 31) / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    uint32_t ranks = (uint32_t)p.c.ranks, experts = p.topk && p.map.experts <= HISTOGRAM ? p.map.experts : 0;
+    uint32_t *counts = experts ? histogram : p.expert_count;
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x)
+        histogram[e] = 0;
+    __syncthreads();
     for (uint32_t g = threadIdx.x / 32 * gridDim.x + blockIdx.x; g < groups; g += gridDim.x * warps) {
-        for (uint32_t r = lane; r < (uint32_t)p.c.ranks; r += 32)
-            p.bit[(size_t)r * p.groups_max + g] = 0;
-        __syncwarp();
-        uint32_t token = g * 32 + lane;
-        if (token < p.tokens)
-            count_token(p, token, g, 1u << lane);
+        for (uint32_t r0 = 0; r0 < ranks; r0 += 32) {
+            uint32_t bits = 0, mine = 0;
+            if (g * 32 + lane < p.tokens)
+                bits = rank_bits(p, g * 32 + lane, r0, r0 == 0 ? counts : NULL);
+            for (uint32_t i = 0; i < 32 && r0 + i < ranks; i++) {
+                uint32_t tokens = __ballot_sync(0xffffffffu, bits >> i & 1);
+                mine = lane == i ? tokens : mine;
+            }
+            if (r0 + lane < ranks)
+                p.bit[(size_t)(r0 + lane) * p.groups_max + g] = mine;
+        }
+    }
+    __syncthreads();
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
+        if (histogram[e])
+            atomicAdd(&p.expert_count[e], histogram[e]);
     }
 }
 
-/* ---- stage 2 ---- */
+/* ---- places ---- */
 
-/* Warp: sums of one rank's bits over the groups, and the total. */
-EPX__DEVICE uint32_t sum_groups(const ht_begin_t &p, int rank)
+/* Groups that a block places: consecutive ones. Block 0 has other things to do, unless it is alone. */
+typedef struct ht_range {
+    uint32_t from, to;
+} ht_range_t;
+
+EPX__DEVICE ht_range_t block_range(const ht_begin_t &p)
+{
+    uint32_t groups = (p.tokens + 31) / 32, blocks = gridDim.x > 1 ? gridDim.x - 1 : 1;
+    uint32_t block = gridDim.x > 1 ? blockIdx.x - 1 : 0, each = (groups + blocks - 1) / blocks;
+    ht_range_t s = {block * each, block * each + each};
+    if (blockIdx.x == 0 && gridDim.x > 1)
+        s.from = s.to = 0;
+    s.to = s.to < groups ? s.to : groups;
+    return s;
+}
+
+/* Warp: the total of one rank's bits, and for the groups of the share what those before them have. A lane has four
+ * groups at a time. */
+EPX__DEVICE uint32_t sum_groups(const ht_begin_t &p, ht_range_t share, int rank)
 {
     uint32_t groups = (p.tokens + 31) / 32, lane = threadIdx.x % 32, total = 0;
-    for (uint32_t g0 = 0; g0 < groups; g0 += 32) {
-        uint32_t g = g0 + lane;
-        uint32_t count = g < groups ? (uint32_t)__popc(__ldcg(&p.bit[(size_t)rank * p.groups_max + g])) : 0,
-                 sum = count;
+    const uint32_t *bit = p.bit + (size_t)rank * p.groups_max;
+    uint32_t *before = p.before + (size_t)rank * p.groups_max;
+    for (uint32_t g0 = 0; g0 < groups; g0 += 128) {
+        uint32_t g = g0 + lane * 4, count[4], sum;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            count[i] = g + i < groups ? (uint32_t)__popc(__ldcg(&bit[g + i])) : 0;
+        uint32_t mine = sum = count[0] + count[1] + count[2] + count[3];
         for (uint32_t d = 1; d < 32; d *= 2) {
             uint32_t left = __shfl_up_sync(0xffffffffu, sum, d);
             sum += lane >= d ? left : 0;
         }
-        if (g < groups)
-            p.before[(size_t)rank * p.groups_max + g] = total + sum - count;
+        uint32_t at = total + sum - mine;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            if (g + i >= share.from && g + i < share.to)
+                before[g + i] = at;
+            at += count[i];
+        }
         total += __shfl_sync(0xffffffffu, sum, 31);
     }
     return total;
 }
 
-EPX__DEVICE uint32_t experts_at(const ht_begin_t &p, int rank)
+EPX__DEVICE int32_t row_at(const ht_begin_t &p, uint32_t rank, uint32_t group, uint32_t lane)
 {
-    if (p.topk == 0)
-        return 0;
-    return p.expert_list ? (uint32_t)(p.expert_start[rank + 1] - p.expert_start[rank]) : p.map.per_rank;
-}
-EPX__DEVICE uint32_t expert_of(const ht_begin_t &p, int rank, uint32_t local)
-{
-    return p.expert_list ? (uint32_t)p.expert_list[p.expert_start[rank] + (int32_t)local]
-                         : (uint32_t)rank * p.map.per_rank + local;
-}
-EPX__DEVICE const int32_t *expert_counts(const ht_common_t &c, const epx__message_t *m)
-{
-    return (const int32_t *)(m + 1) + c.ranks;
+    size_t i = (size_t)rank * p.groups_max + group;
+    return (int32_t)(__ldcg(&p.before[i]) + (uint32_t)__popc(__ldcg(&p.bit[i]) & ((1u << lane) - 1u)));
 }
 
-/* Warp: my counts to one peer. */
-EPX__DEVICE bool post_counts(const ht_begin_t &p, uint64_t n, int to)
+/* Lane: a token's ranks, and its rows there, counted from this source's first. */
+EPX__DEVICE void place_token(const ht_begin_t &p, uint32_t token, uint32_t group, uint32_t lane)
 {
-    const ht_common_t &c = p.c;
-    uint32_t lane = threadIdx.x % 32;
-    int ok = 1;
-    if (lane == 0) {
-        epx__message_t *m = ht_slot(c, n, to);
-        ok = m != NULL;
-        if (m) {
-            m->tokens = p.tokens;
-            m->recv_max = p.recv_max;
+    int32_t *rank_out = p.h.dst_rank + (size_t)token * p.h.slots, *row_out = p.h.dst_row + (size_t)token * p.h.slots;
+    uint32_t used = 0;
+    for (uint32_t r0 = 0; r0 < (uint32_t)p.c.ranks; r0 += 32) {
+        uint32_t bits = rank_bits(p, token, r0, NULL);
+        for (; bits && used < p.h.slots; bits &= bits - 1, used++) {
+            uint32_t rank = r0 + (uint32_t)__ffs((int)bits) - 1;
+            rank_out[used] = (int32_t)rank;
+            row_out[used] = row_at(p, rank, group, lane);
         }
     }
-    if (!__shfl_sync(0xffffffffu, ok, 0))
-        return false;
-    epx__message_t *m = mail_at(c, c.peers[to], c.rank, n);
-    int32_t *to_rank = (int32_t *)(m + 1), *to_expert = to_rank + c.ranks;
-    for (int r = (int)lane; r < c.ranks; r += 32)
-        to_rank[r] = p.h.matrix[(size_t)c.rank * (uint32_t)c.ranks + (uint32_t)r];
-    uint32_t experts = experts_at(p, to);
-    for (uint32_t i = lane; i < experts; i += 32)
-        to_expert[i] = (int32_t)__ldcg(&p.expert_count[expert_of(p, to, i)]);
-    __syncwarp();
-    if (lane == 0)
-        st_release_sys_u64(&m->sequence, n);
-    return true;
+    for (; used < p.h.slots; used++)
+        rank_out[used] = row_out[used] = -1;
 }
 
-/* Warp: one peer's counts. */
-EPX__DEVICE bool read_counts(const ht_begin_t &p, uint64_t n, int from)
+EPX__DEVICE void place_groups(const ht_begin_t &p, ht_range_t share)
 {
-    const ht_common_t &c = p.c;
-    uint32_t lane = threadIdx.x % 32;
-    int ok = 1;
-    if (lane == 0)
-        ok = ht_message(c, n, from) != NULL;
-    if (!__shfl_sync(0xffffffffu, ok, 0))
-        return false;
-    const epx__message_t *m = mail_at(c, c.window, from, n);
-    const uint32_t *to_rank = (const uint32_t *)(m + 1);
-    for (int r = (int)lane; r < c.ranks; r += 32)
-        p.h.matrix[(size_t)from * (uint32_t)c.ranks + (uint32_t)r] = (int32_t)ld_relaxed_sys_u32(&to_rank[r]);
-    if (lane == 0) {
-        p.h.tokens_of[from] = (int32_t)ld_relaxed_sys_u64(&m->tokens);
-        p.recv_max_of[from] = ld_relaxed_sys_u64(&m->recv_max);
+    uint32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (uint32_t g = share.from + threadIdx.x / 32; g < share.to; g += warps) {
+        if (g * 32 + lane < p.tokens)
+            place_token(p, g * 32 + lane, g, lane);
     }
-    return true;
+}
+
+/* The same threads as above. */
+EPX__DEVICE void shift_groups(const ht_begin_t &p, ht_range_t share, const uint32_t *first)
+{
+    uint32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (uint32_t g = share.from + threadIdx.x / 32; g < share.to; g += warps) {
+        uint32_t token = g * 32 + lane;
+        size_t at = (size_t)token * p.h.slots;
+        for (uint32_t slot = 0; token < p.tokens && slot < p.h.slots; slot++) {
+            int32_t rank = p.h.dst_rank[at + slot];
+            if (rank >= 0)
+                p.h.dst_row[at + slot] += (int32_t)first[rank];
+        }
+    }
 }
 
 /* Thread r: prefix sums that concern rank r, and whether its rows fit. */
@@ -197,126 +233,139 @@ EPX__DEVICE void place_rank(const ht_begin_t &p, uint64_t n, int r)
     }
 }
 
-/* Pairs (row, local expert) over all sources, rounded up: into host memory. */
-EPX__DEVICE void tell_experts(const ht_begin_t &p, uint64_t n)
+EPX__DEVICE void place_ranks(const ht_begin_t &p, uint64_t n)
 {
-    const ht_common_t &c = p.c;
-    uint32_t experts = experts_at(p, c.rank);
-    for (uint32_t i = threadIdx.x; i < experts; i += blockDim.x) {
-        uint32_t sum = __ldcg(&p.expert_count[expert_of(p, c.rank, i)]);
-        for (int s = 0; s < c.ranks; s++) {
-            if (ht_neighbour(c, s))
-                sum += ld_relaxed_sys_u32((const uint32_t *)expert_counts(c, mail_at(c, c.window, s, n)) + i);
+    for (int r = (int)threadIdx.x; r < p.c.ranks; r += (int)blockDim.x)
+        place_rank(p, n, r);
+}
+
+/* ---- counts ---- */
+
+/* What blocks keep in shared memory. */
+typedef struct ht_tables {
+    uint32_t *mine;  /* [ranks] my tokens that go there */
+    uint32_t *first; /* [ranks] my first row there */
+} ht_tables_t;
+
+/* All blocks: sums. Block 0 of a domain that is alone posts what it knows; warps take posting and summing in turn. */
+EPX__DEVICE void sum_ranks(const ht_begin_t &p, uint64_t n, ht_range_t share, ht_tables_t t)
+{
+    int warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32, ranks = p.c.ranks;
+    bool posts = blockIdx.x == 0 && !p.c.rails;
+    for (int i = warp; i < (posts ? 2 * ranks : ranks); i += warps) {
+        if (i >= ranks) {
+            if (i - ranks != p.c.rank)
+                post_experts(p, n, i - ranks);
+            continue;
         }
-        if (c.rails)
-            sum += rail_expert_rows(p, n, expert_of(p, c.rank, i));
-        p.h.host_experts[i] = epx__align_rows((int32_t)sum, p.alignment);
+        uint32_t total = sum_groups(p, share, i);
+        if (posts)
+            post_total(p.c, n, i, total);
+        if (threadIdx.x % 32 == 0) {
+            t.mine[i] = total;
+            t.first[i] = 0;
+        }
     }
-}
-
-EPX__DEVICE void tell_host(const ht_begin_t &p, uint64_t n)
-{
-    const ht_common_t &c = p.c;
-    uint32_t cells = (uint32_t)c.ranks * (uint32_t)c.ranks;
-    for (uint32_t i = threadIdx.x; i < cells; i += blockDim.x)
-        p.h.host_matrix[i] = p.h.matrix[i];
-    for (uint32_t i = threadIdx.x; i < (uint32_t)c.ranks; i += blockDim.x)
-        p.h.host_tokens[i] = p.h.tokens_of[i];
-    tell_experts(p, n);
     __syncthreads();
-    if (threadIdx.x == 0) {
-        c.host->bad_ids = c.state->bad_ids;
-        st_release_sys_u64(p.h.ticket, p.ticket);
-    }
 }
 
-/* Block 0. False: stop. */
-EPX__DEVICE bool exchange_counts(const ht_begin_t &p, ht_block_t *b)
+/* Blocks but the first: my first row at every rank, from what sources before me send there. */
+EPX__DEVICE bool hear_before(const ht_begin_t &p, uint64_t n, uint32_t *first)
 {
-    const ht_common_t &c = p.c;
-    int warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
+    uint32_t ranks = (uint32_t)p.c.ranks;
     bool ok = true;
-    for (int r = warp; r < c.ranks; r += warps) {
-        uint32_t total = sum_groups(p, r);
-        if (threadIdx.x % 32 == 0)
-            p.h.matrix[(size_t)c.rank * (uint32_t)c.ranks + (uint32_t)r] = (int32_t)total;
+    for (uint32_t cell = threadIdx.x; cell < (uint32_t)p.c.rank * ranks && ok; cell += blockDim.x) {
+        uint32_t count = 0;
+        ok = hear_count(p.c, n, (int)(cell / ranks), cell % ranks, &count);
+        atomicAdd(&first[cell % ranks], count);
     }
-    if (threadIdx.x == 0) {
-        p.h.tokens_of[c.rank] = (int32_t)p.tokens;
-        p.recv_max_of[c.rank] = p.recv_max;
+    return ok;
+}
+
+/* One domain. False: stop. */
+EPX__DEVICE bool places_near(const ht_begin_t &p, uint64_t n, ht_range_t share, ht_tables_t t)
+{
+    bool ok;
+    if (blockIdx.x == 0) {
+        ok = hear_matrix(p, n, t.mine, t.first);
+        ok = ok && hear_experts(p, n);
+        if (!__syncthreads_and(ok))
+            return false;
+        place_ranks(p, n);
+        place_groups(p, share);
+    } else {
+        place_groups(p, share);
+        if (!__syncthreads_and(hear_before(p, n, t.first)))
+            return false;
     }
-    __syncthreads();
-    if (c.rails && !(rail_begin_out(p, b->n) && rail_begin_heard(p, b->n)))
-        return false;
-    for (int r = warp; r < c.ranks && ok; r += warps)
-        ok = !ht_neighbour(c, r) || post_counts(p, b->n, r);
-    for (int r = warp; r < c.ranks && ok; r += warps)
-        ok = !ht_neighbour(c, r) || read_counts(p, b->n, r);
-    if (!__syncthreads_and(ok))
-        return false;
-    if (c.rails) {
-        rail_begin_in(p, b->n);
-        __syncthreads();
-        rail_begin_lists(p, b->n);
-    }
-    for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x)
-        place_rank(p, b->n, r);
-    __syncthreads();
-    tell_host(p, b->n);
-    __syncthreads();
-    ht_tell_end(c, b->n); /* their messages have been read */
+    shift_groups(p, share, t.first);
     return true;
 }
 
-/* ---- stage 3 ---- */
-
-EPX__DEVICE int32_t row_at(const ht_begin_t &p, int32_t rank, uint32_t group, uint32_t lane)
+/* Several domains, block 0. False: stop. */
+static __device__ __noinline__ bool exchange_far(const ht_begin_t &p, uint64_t n, ht_tables_t t)
 {
-    size_t i = (size_t)rank * p.groups_max + group;
-    return __ldcg(&p.h.first[rank]) +
-           (int32_t)(__ldcg(&p.before[i]) + (uint32_t)__popc(__ldcg(&p.bit[i]) & ((1u << lane) - 1u)));
-}
-
-EPX__DEVICE void place_token(const ht_begin_t &p, uint32_t token, uint32_t group, uint32_t lane)
-{
-    int32_t *rank_out = p.h.dst_rank + (size_t)token * p.h.slots, *row_out = p.h.dst_row + (size_t)token * p.h.slots;
-    uint32_t used = 0;
-    if (p.topk == 0) {
-        for (int32_t r = 0; r < p.c.ranks && used < p.h.slots; r++) {
-            if (!p.in_rank[(size_t)token * (uint32_t)p.c.ranks + (uint32_t)r])
-                continue;
-            rank_out[used] = r;
-            row_out[used++] = row_at(p, r, group, lane);
-        }
-    } else {
-        int32_t ranks[EPX_TOPK_MAX];
-        uint32_t bad = 0;
-        int n = epx__token_ranks(&p.map, p.topk_idx, p.bits, token, p.topk, ranks, &bad);
-        for (; used < (uint32_t)n && used < p.h.slots; used++) {
-            rank_out[used] = ranks[used];
-            row_out[used] = row_at(p, ranks[used], group, lane);
-        }
+    const ht_common_t &c = p.c;
+    int warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
+    for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x)
+        p.h.matrix[(size_t)c.rank * (uint32_t)c.ranks + (uint32_t)r] = (int32_t)t.mine[r];
+    __syncthreads();
+    if (!rail_begin_out(p, n) || !rail_begin_heard(p, n))
+        return false;
+    for (int r = warp; r < c.ranks; r += warps) {
+        post_total(c, n, r, t.mine[r]);
+        if (ht_neighbour(c, r))
+            post_experts(p, n, r);
     }
-    for (; used < p.h.slots; used++)
-        rank_out[used] = row_out[used] = -1;
+    if (!__syncthreads_and(hear_matrix(p, n, t.mine, t.first)))
+        return false;
+    rail_begin_in(p, n);
+    __syncthreads();
+    rail_begin_lists(p, n);
+    place_ranks(p, n);
+    for (uint32_t i = threadIdx.x; i < (uint32_t)c.ranks * (uint32_t)c.ranks; i += blockDim.x)
+        tell_host(p, i, (uint32_t)p.h.matrix[i]);
+    for (uint32_t i = threadIdx.x; i < (uint32_t)c.ranks; i += blockDim.x)
+        tell_host(p, HT_HOST_TOKENS(c.ranks) + i, (uint32_t)p.h.tokens_of[i]);
+    return __syncthreads_and(hear_experts(p, n)) != 0;
 }
 
+EPX__DEVICE bool places_far(const ht_begin_t &p, ht_block_t *b, ht_range_t share, ht_tables_t t)
+{
+    place_groups(p, share);
+    if (blockIdx.x == 0 && !exchange_far(p, b->n, t))
+        return false;
+    if (!grid_barrier(p.c, b, 2))
+        return false;
+    for (int r = (int)threadIdx.x; r < p.c.ranks; r += (int)blockDim.x)
+        t.first[r] = (uint32_t)__ldcg(&p.h.first[r]);
+    __syncthreads();
+    shift_groups(p, share, t.first);
+    return true;
+}
+
+/* Shared memory: the tables. */
 __global__ void __launch_bounds__(BEGIN_THREADS) ht_begin_kernel(const __grid_constant__ ht_begin_t p)
 {
+    extern __shared__ __align__(128) char shared[];
     __shared__ ht_block_t b;
-    if (!ht_enter(p.c, &b))
+    __shared__ uint32_t histogram[HISTOGRAM];
+    ht_lead_t lead = {};
+    if (!ht_enter_led(p.c, &b, &lead))
         return;
-    count_groups(p);
-    bool ok = grid_barrier(p.c, &b, 1);
-    if (ok && blockIdx.x == 0)
-        ok = exchange_counts(p, &b);
-    ok = ok && grid_barrier(p.c, &b, 2);
-    uint32_t groups = (p.tokens + 31) / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (uint32_t g = threadIdx.x / 32 * gridDim.x + blockIdx.x; ok && g < groups; g += gridDim.x * warps) {
-        if (g * 32 + lane < p.tokens)
-            place_token(p, g * 32 + lane, g, lane);
+    ht_tables_t t = {(uint32_t *)shared, (uint32_t *)shared + p.c.ranks};
+    ht_range_t share = block_range(p);
+    bool ok = blockIdx.x != 0 || mail_free(p.c, b.n, lead.consumed);
+    count_groups(p, histogram);
+    bool passed = grid_barrier(p.c, &b, 1);
+    if (__syncthreads_and(ok && passed)) {
+        sum_ranks(p, b.n, share, t);
+        if (p.c.rails)
+            places_far(p, &b, share, t);
+        else
+            places_near(p, b.n, share, t);
     }
-    if (!ht_last_block(p.c, &b))
+    if (!ht_count_block(p.c, &b, true)) /* all blocks have read the messages */
         return;
     for (uint32_t e = threadIdx.x; p.topk != 0 && e < p.map.experts; e += blockDim.x)
         p.expert_count[e] = 0;
@@ -325,126 +374,8 @@ __global__ void __launch_bounds__(BEGIN_THREADS) ht_begin_kernel(const __grid_co
 
 extern "C" int epx__ht_launch_begin(const ht_begin_t *p, uint32_t blocks, void *stream)
 {
-    ht_begin_kernel<<<blocks, BEGIN_THREADS, 0, (cudaStream_t)stream>>>(*p);
-    return (int)cudaGetLastError();
-}
-
-/* ---- halves of one block, and the local layout ---- */
-
-__global__ void __launch_bounds__(256) ht_barrier_kernel(const __grid_constant__ ht_common_t c)
-{
-    __shared__ ht_block_t b;
-    if (!ht_enter(c, &b))
-        return;
-    bool ok = rail_mail(c, b.n);
-    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
-        bool near = ht_neighbour(c, r);
-        epx__message_t *m = near ? ht_slot(c, b.n, r) : NULL;
-        ok = !near || m != NULL;
-        if (m)
-            st_release_sys_u64(&m->sequence, b.n);
-    }
-    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x)
-        ok = !ht_neighbour(c, r) || ht_message(c, b.n, r) != NULL;
-    bool good = __syncthreads_and(ok) != 0;
-    if (good)
-        ht_tell_end(c, b.n);
-    ht_leave(c, &b, good && !ht_stopped(c, b.n, false));
-}
-
-/* What rank `from` writes into its slot `n & 1` at rank `to`. */
-EPX__DEVICE uint64_t check_pattern(int from, int to, uint64_t n)
-{
-    uint64_t v = ((uint64_t)(uint32_t)from << 33 | (uint64_t)(uint32_t)to << 1 | (n & 1)) + 1;
-    v *= 0x9e3779b97f4a7c15u;
-    return v ^ v >> 29;
-}
-
-__global__ void __launch_bounds__(256) ht_check_kernel(const __grid_constant__ ht_check_t p)
-{
-    const ht_common_t &c = p.c;
-    __shared__ ht_block_t b;
-    if (!ht_enter(c, &b))
-        return;
-    bool ok = rail_mail(c, b.n);
-    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
-        if (!ht_neighbour(c, r))
-            continue;
-        epx__message_t *m = ht_slot(c, b.n, r);
-        ok = m != NULL;
-        if (!m)
-            break;
-        m->tokens = check_pattern(c.rank, r, b.n);
-        uint64_t *put = put_words(c, c.peers[r], c.rank);
-        for (uint32_t i = 0; i < 2 * HT_WORDS; i++)
-            st_relaxed_sys_u64(&put[i], batch_word(b.n, i));
-        st_release_sys_u64(&m->sequence, b.n);
-    }
-    for (int r = (int)threadIdx.x; r < c.ranks && ok; r += (int)blockDim.x) {
-        bool near = ht_neighbour(c, r);
-        const epx__message_t *m = near ? ht_message(c, b.n, r) : NULL;
-        bool right = near && (m && ld_relaxed_sys_u64(&m->tokens) == check_pattern(r, c.rank, b.n));
-        const uint64_t *put = put_words(c, c.window, r);
-        for (uint32_t i = 0; m && i < 2 * HT_WORDS; i++)
-            right = right && ld_relaxed_sys_u64(&put[i]) == batch_word(b.n, i);
-        if (right)
-            ((volatile uint32_t *)p.works)[r] += 1;
-        ok = !near || m != NULL;
-    }
-    bool good = __syncthreads_and(ok) != 0;
-    if (good) {
-        ht_tell_end(c, b.n);
-        good = ht_wait_ends(c, &b); /* the words are looked at before the next half writes them */
-    }
-    ht_leave(c, &b, good);
-}
-
-__global__ void __launch_bounds__(256) ht_layout_kernel(const __grid_constant__ ht_layout_t p)
-{
-    for (uint32_t t = blockIdx.x * blockDim.x + threadIdx.x; t < p.tokens; t += gridDim.x * blockDim.x) {
-        int32_t ranks[EPX_TOPK_MAX];
-        uint32_t bad = 0;
-        int n = epx__token_ranks(&p.map, p.topk_idx, p.bits, t, p.topk, ranks, &bad);
-        for (uint32_t k = 0; p.tokens_per_expert && k < p.topk; k++) {
-            int64_t id = epx__topk_id(p.topk_idx, p.bits, (size_t)t * p.topk + k);
-            if (id >= 0 && id < (int64_t)p.map.experts)
-                atomicAdd(&p.tokens_per_expert[id], 1);
-        }
-        for (int i = 0; i < n; i++) {
-            bool seen = false;
-            for (int j = 0; j < i; j++)
-                seen = seen || p.domain_of[ranks[j]] == p.domain_of[ranks[i]];
-            if (p.tokens_per_rank)
-                atomicAdd(&p.tokens_per_rank[ranks[i]], 1);
-            if (p.tokens_per_domain && !seen)
-                atomicAdd(&p.tokens_per_domain[p.domain_of[ranks[i]]], 1);
-        }
-        if (!p.in_rank)
-            continue;
-        for (uint32_t r = 0; r < p.ranks; r++)
-            p.in_rank[(size_t)t * p.ranks + r] = 0;
-        for (int i = 0; i < n; i++)
-            p.in_rank[(size_t)t * p.ranks + (uint32_t)ranks[i]] = 1;
-    }
-}
-
-extern "C" int epx__ht_launch_barrier(const ht_common_t *c, void *stream)
-{
-    ht_barrier_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(*c);
-    return (int)cudaGetLastError();
-}
-extern "C" int epx__ht_launch_check(const ht_check_t *p, void *stream)
-{
-    ht_check_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(*p);
-    return (int)cudaGetLastError();
-}
-extern "C" int epx__ht_launch_layout(const ht_layout_t *p, void *stream)
-{
-    if (p->tokens == 0)
-        return 0;
-    uint32_t blocks = (p->tokens + 255) / 256;
-    blocks = blocks > 64 ? 64 : blocks;
-    ht_layout_kernel<<<blocks, 256, 0, (cudaStream_t)stream>>>(*p);
+    size_t shared = 2 * sizeof(uint32_t) * (uint32_t)p->c.ranks;
+    ht_begin_kernel<<<blocks, BEGIN_THREADS, shared, (cudaStream_t)stream>>>(*p);
     return (int)cudaGetLastError();
 }
 
@@ -453,11 +384,6 @@ extern "C" int epx__ht_launch_layout(const ht_layout_t *p, void *stream)
 extern "C" int epx__ht_load_begin(void *stream)
 {
     ht_begin_t begin = {};
-    ht_check_t check = {};
-    ht_layout_t layout = {};
     ht_begin_kernel<<<1, BEGIN_THREADS, 0, (cudaStream_t)stream>>>(begin);
-    ht_barrier_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(check.c);
-    ht_check_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(check);
-    ht_layout_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(layout);
     return (int)cudaGetLastError();
 }

@@ -107,10 +107,7 @@ static void cut_pinned(ht_cuda_t *h, cutter_t *c)
     h->try_result = cut(c, 2, 4);
     for (uint32_t i = 0; i < config->handles_max; i++) {
         ht_record_t *r = &h->records[i];
-        r->ticket = cut(c, 1, 8);
-        r->host_matrix = cut(c, ranks * ranks, 4);
-        r->host_tokens = cut(c, ranks, 4);
-        r->host_experts = cut(c, config->experts_max, 4);
+        r->host_words = cut(c, HT_HOST_EXPERTS(ranks) + config->experts_max, 8);
     }
 }
 
@@ -235,6 +232,8 @@ static epx_status_t load_kernels(ht_cuda_t *h)
 {
     h->shared_max = h->device->shared_max - 1024; /* what the kernels have of their own */
     int error = epx__ht_load_begin(h->device->stream);
+    if (error == 0)
+        error = epx__ht_load_small(h->device->stream);
     if (error == 0)
         error = epx__ht_load_rows((uint32_t)h->shared_max, h->device->stream);
     if (error == 0)
@@ -402,15 +401,23 @@ static void fault_own(ht_cuda_t *h, const ht_host_t *r)
             r->stage < sizeof stages / sizeof *stages && stages[r->stage] ? stages[r->stage] : "", expected, seen);
 }
 
+void epx__ht_cuda_bad_ids(ht_cuda_t *h, uint32_t bad)
+{
+    uint32_t seen = atomic_load(&h->bad_seen);
+    while ((int32_t)(bad - seen) > 0) {
+        if (atomic_compare_exchange_weak(&h->bad_seen, &seen, bad)) {
+            atomic_fetch_add(&h->exchange->fault.bad_ids, bad - seen);
+            return;
+        }
+    }
+}
+
 void epx__ht_cuda_poll_fault(epx__exchange_t *exchange)
 {
     ht_cuda_t *h = exchange->impl;
     if (!h)
         return;
-    uint32_t bad = __atomic_load_n(&h->host->bad_ids, __ATOMIC_RELAXED);
-    uint32_t seen = atomic_exchange(&h->bad_seen, bad);
-    if (bad != seen)
-        atomic_fetch_add(&exchange->fault.bad_ids, bad - seen);
+    epx__ht_cuda_bad_ids(h, __atomic_load_n(&h->host->bad_ids, __ATOMIC_RELAXED));
     if (!__atomic_load_n(&h->host->ready, __ATOMIC_ACQUIRE) || atomic_load(&exchange->fault.ready))
         return;
     if (h->host->stage == HT_STAGE_TOLD)

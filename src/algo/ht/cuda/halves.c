@@ -164,11 +164,15 @@ epx_status_t epx__ht_cuda_begin(epx__exchange_t *exchange, epx__exchange_handle_
 
 static void take_counts(ht_cuda_t *h, epx__exchange_handle_t *handle)
 {
-    const ht_record_t *r = &h->records[handle->index];
+    const uint64_t *words = h->records[handle->index].host_words;
     size_t ranks = (size_t)h->exchange->topology->ranks;
-    memcpy(handle->matrix, r->host_matrix, sizeof(int32_t) * ranks * ranks);
-    memcpy(handle->tokens_of, r->host_tokens, sizeof(int32_t) * ranks);
-    memcpy(handle->expert_rows, r->host_experts, sizeof(int32_t) * handle->local_experts);
+    for (size_t i = 0; i < ranks * ranks; i++)
+        handle->matrix[i] = (int32_t)(uint32_t)words[i];
+    for (size_t i = 0; i < ranks; i++)
+        handle->tokens_of[i] = (int32_t)(uint32_t)words[HT_HOST_TOKENS(ranks) + i];
+    for (size_t i = 0; i < handle->local_experts; i++)
+        handle->expert_rows[i] = (int32_t)(uint32_t)words[HT_HOST_EXPERTS(ranks) + i];
+    epx__ht_cuda_bad_ids(h, (uint32_t)words[HT_HOST_BAD(ranks)]);
     handle->rows = 0;
     for (size_t i = 0; i < ranks; i++)
         handle->rows += (uint32_t)handle->matrix[i * ranks + (size_t)h->exchange->rank];
@@ -182,8 +186,14 @@ epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle
     ht_cuda_t *h = exchange->impl;
     uint64_t timeout_ms = handle->args.timeout_ms ? handle->args.timeout_ms : exchange->config.timeout_ms;
     epx__deadline_t deadline = epx__deadline_ms(4 * timeout_ms + 1000);
-    const uint64_t *ticket = h->records[handle->index].ticket, wanted = h->tickets[handle->index];
-    for (uint32_t polls = 1; __atomic_load_n(ticket, __ATOMIC_ACQUIRE) != wanted; polls++) {
+    const uint64_t *words = h->records[handle->index].host_words;
+    size_t come = 0, all = HT_HOST_EXPERTS(exchange->topology->ranks) + handle->local_experts;
+    uint32_t ticket = (uint32_t)h->tickets[handle->index];
+    for (uint32_t polls = 1;; polls++) {
+        while (come < all && __atomic_load_n(&words[come], __ATOMIC_ACQUIRE) >> 32 == ticket)
+            come++;
+        if (come == all)
+            break;
         if (polls % 1024 != 0)
             continue;
         epx__ht_cuda_poll_fault(exchange);
@@ -197,7 +207,7 @@ epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle
         if (epx__deadline_waited_ns(&deadline) > SPIN_NS)
             epx__sleep_ns(20000);
     }
-    epx__ht_cuda_poll_fault(exchange); /* ids that were none have been counted */
+    epx__ht_cuda_poll_fault(exchange);
     take_counts(h, handle);
     return EPX_OK;
 }

@@ -86,6 +86,8 @@ epx_status_t epx__ht_cuda_rail_rows(const ht_cuda_t *h, int asked, const epx__ro
 epx_status_t epx__ht_cuda_rail_combine(epx__exchange_t *, epx__exchange_handle_t *, const epx_combine_t *, size_t,
                                        epx_stream_t);
 
+/* There have been so many ids that were none, ever. */
+void epx__ht_cuda_bad_ids(ht_cuda_t *h, uint32_t bad);
 /* A kernel's record, or words of a peer, into exchange->fault. Does not wait. */
 void epx__ht_cuda_poll_fault(epx__exchange_t *exchange);
 

@@ -132,10 +132,14 @@ typedef struct ht_record {
     int32_t *pull_token;  /* the same: its token */
     int32_t *sum_row;     /* [domains][tokens_max][members] of my rails' tokens: row at each member, -1 */
     int32_t *sum_first;   /* [domains][members] first row of my rail there at each member */
-    /* Pinned host memory. `ticket` is written last, with the number that this begin was launched with. */
-    uint64_t *ticket;
-    int32_t *host_matrix, *host_tokens, *host_experts;
+    /* Pinned host memory: what the host waits for. Each word is the number that this begin was launched with << 32 and
+     * a count: the matrix, tokens of each rank, ids ever that were none, rows of each local expert. */
+    uint64_t *host_words;
 } ht_record_t;
+
+#define HT_HOST_TOKENS(ranks) ((size_t)(ranks) * (size_t)(ranks))
+#define HT_HOST_BAD(ranks) (HT_HOST_TOKENS(ranks) + (size_t)(ranks))
+#define HT_HOST_EXPERTS(ranks) (HT_HOST_BAD(ranks) + 1)
 
 typedef struct ht_begin {
     ht_common_t c;
@@ -259,6 +263,7 @@ int epx__ht_launch_layout(const ht_layout_t *p, void *stream);
 /* Load every kernel now, on the current device, allow it `shared_bytes` of shared memory, and launch it with nothing to
  * do. */
 int epx__ht_load_begin(void *stream);
+int epx__ht_load_small(void *stream);
 int epx__ht_load_rows(uint32_t shared_bytes, void *stream);
 int epx__ht_load_combine(uint32_t shared_bytes, void *stream);
 int epx__ht_load_rail_combine(uint32_t shared_bytes, void *stream);

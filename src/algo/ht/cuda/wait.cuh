@@ -251,8 +251,8 @@ EPX__DEVICE bool look_packets(epx__message_t *m, uint64_t n, epx__pair_t *head, 
     return head->first >= n && there == (uint32_t)count;
 }
 
-/* One thread: the packets of `from`, words[0] the shape. False: stop. */
-EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uint64_t *words, int count)
+/* One thread: the packets of `from`, words[0] the shape. False: stop. They permit nothing: no fence. */
+EPX__DEVICE bool ht_hear_packets(const ht_common_t &c, uint64_t n, int from, uint64_t *words, int count)
 {
     epx__message_t *m = mail_at(c, c.window, from, n);
     epx__pair_t head;
@@ -267,8 +267,15 @@ EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uin
     }
     if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)))
         return false;
-    fence_acq_rel_sys();
     return ht_right_shape(c, n, from, words[0]);
+}
+
+/* ... What they permit to touch may be touched. */
+EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uint64_t *words, int count)
+{
+    bool ok = ht_hear_packets(c, n, from, words, count);
+    fence_acq_rel_sys();
+    return ok;
 }
 
 /* ---- entering and leaving a half ---- */
