@@ -90,6 +90,16 @@ EPX__DEVICE bool gate_open(const ht_flow_t &f, uint64_t n, uint32_t p)
     return ld_acquire_sys_u64(&f.gate[b % HT_WORDS]) >= batch_word(n, b);
 }
 
+/* Warp: row p, and how many of the warp's rows after it, may be moved; 0: none yet. Each lane looks at one row's gate,
+ * so that a look, which is a way to memory, serves 32 rows. */
+EPX__DEVICE uint32_t gates_open(const ht_flow_t &f, uint64_t n, uint32_t p, uint32_t step)
+{
+    uint64_t mine = p + (uint64_t)(threadIdx.x % 32) * step;
+    uint32_t shut = __ballot_sync(0xffffffffu, mine < f.rows && !gate_open(f, n, (uint32_t)mine));
+    __syncwarp(); /* what one lane has seen is seen by all */
+    return shut ? (uint32_t)__ffs((int)shut) - 1 : 32;
+}
+
 /* Rows of batch b. */
 EPX__DEVICE uint32_t batch_total(uint32_t rows, uint32_t batch, uint32_t b)
 {
@@ -266,10 +276,10 @@ EPX__DEVICE void rows_written(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
 /* Warp: as many rows as the gate lets through, from *cursor on in steps. True if any. */
 EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r, uint32_t *cursor)
 {
-    uint32_t p = *cursor, last = 0;
+    uint32_t p = *cursor, last = 0, open = 0;
     bool moved = false;
-    for (; p < f.rows; p += r.share.step) {
-        if (!__all_sync(0xffffffffu, gate_open(f, r.b->n, p)))
+    for (; p < f.rows; p += r.share.step, open--) {
+        if (open == 0 && (open = gates_open(f, r.b->n, p, r.share.step)) == 0)
             break;
         flow_move_parts(f, p);
         if (f.x_bytes)

@@ -425,7 +425,7 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
     bool push_x = p.x_offset == 0, push_weights = topk && p.weights_offset == 0;
     if (peers && (push_x || push_weights)) {
         blocks = blocks < 2 ? 2 : blocks;
-        p.push_blocks = push_x ? blocks / 3 : 1;
+        p.push_blocks = push_x ? blocks * 5 / 12 : 1;
         p.push_blocks = p.push_blocks ? p.push_blocks : 1;
     }
     epx__ht_scope_t s;

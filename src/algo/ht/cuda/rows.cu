@@ -144,12 +144,10 @@ EPX__DEVICE bool send_gate(const ht_rows_t &p, const ht_sender_t &x, ht_aim_t a)
     return true;
 }
 
-/* Warp: one item's bytes in stage i to (up to 32) destinations. */
-EPX__DEVICE bool send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, ht_item_t item,
+/* Warp: one item's bytes in stage i to (up to 32) destinations, which may be written. */
+EPX__DEVICE void send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stages_t &s, uint32_t i, ht_item_t item,
                          ht_aim_t a, ht_choice_t c)
 {
-    if (x.counted && item.chunk == 0 && !send_gate(p, x, a))
-        return false;
 #if EPX__BULK
     if (a.rank >= 0)
         send_store(p, x.dests[a.rank], s, i, item, a);
@@ -159,7 +157,6 @@ EPX__DEVICE bool send_to(const ht_rows_t &p, const ht_sender_t &x, const ht_stag
 #endif
     if (item.chunk == 0)
         send_rest(p, x, item.token, a, c);
-    return true;
 }
 
 /* Warp: destinations beyond the first 32 of one item (a mask over many ranks). */
@@ -170,8 +167,9 @@ EPX__DEVICE bool send_more(const ht_rows_t &p, const ht_sender_t &x, const ht_st
         ht_aim_t a = aim_at(p, item.token, at + x.lane);
         if (!__any_sync(0xffffffffu, a.rank != -1))
             break;
-        if (!send_to(p, x, s, i, item, a, c))
+        if (x.counted && item.chunk == 0 && !send_gate(p, x, a))
             return false;
+        send_to(p, x, s, i, item, a, c);
     }
     bulk_wait_done();
     return true;
@@ -206,9 +204,13 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
         if (used) {
             if (item.chunk == 0 && p.first && x.counted)
                 c = choice_at(p, item.token, x.lane);
+            if (x.counted && item.chunk == 0) /* while the row is on its way */
+                ok = send_gate(p, x, a);
             if (EPX__BULK)
                 stage_wait(s, i);
-            ok = send_to(p, x, s, i, item, a, c) && (p.h.slots <= 32 || send_more(p, x, s, i, item, c));
+            if (ok)
+                send_to(p, x, s, i, item, a, c);
+            ok = ok && (p.h.slots <= 32 || send_more(p, x, s, i, item, c));
         }
         if (last && x.counted && ok) { /* all tokens but the newest are written; a token of many chunks a little late */
             bulk_wait_done_but_1();
