@@ -89,7 +89,7 @@ byte reported, ended;
 #endif
 #define MAIL_BODY(p) d_step { box_val[BOX(r, p, n)] = n; box_kind[BOX(r, p, n)] = kind; box_direct[BOX(r, p, n)] = direct }
 #define MAIL_SEQUENCE(p) box_seq[BOX(r, p, n)] = n
-#ifdef T_sequence_first
+#if defined(T_sequence_first) || defined(WORDS)
 #define MAIL_FIRST(p) MAIL_SEQUENCE(p)
 #define MAIL_SECOND(p) MAIL_BODY(p)
 #else
@@ -99,6 +99,8 @@ byte reported, ended;
 
 #ifdef T_stale_mail
 #define ARRIVED(p) (box_seq[BOX(p, r, n)] + 2 >= n && box_seq[BOX(p, r, n)] > 0)
+#elif defined(WORDS) /* packets and counts on GPUs: nothing orders them, each word says itself that it has come */
+#define ARRIVED(p) (box_seq[BOX(p, r, n)] >= n && box_val[BOX(p, r, n)] == n)
 #else
 #define ARRIVED(p) (box_seq[BOX(p, r, n)] >= n)
 #endif
