@@ -230,7 +230,7 @@ static epx_status_t share_sms(ht_cuda_t *h)
 
 static epx_status_t load_kernels(ht_cuda_t *h)
 {
-    h->shared_max = h->device->shared_max - 1024; /* what the kernels have of their own */
+    h->shared_max = h->device->shared_max - (int)HT_SHARED_OWN;
     int error = epx__ht_load_begin(h->device->stream);
     if (error == 0)
         error = epx__ht_load_small(h->device->stream);

@@ -165,6 +165,9 @@ __device__ void announce(const context_t &context, ht_block_t *b, uint32_t worke
             fence_acq_rel_sys();
             for (; done < ready; done++)
                 account(context, b->n, lane, done);
+            __threadfence_block();
+            if (lane < workers)
+                atomicExch(&b->told[lane], done);
             __syncwarp();
         } else if (over) {
             return;

@@ -22,7 +22,8 @@ extern "C" {
 #define HT_BATCH_LEAST 32u                    /* rows behind one progress word, where there is room */
 #define HT_WORD_SHIFT 20                      /* a progress word is sequence << 20 | batch + 1, so that it only grows */
 #define HT_WARPS_MAX 16u
-#define HT_DEST_BYTES 64u /* a rank's line in the table of destinations (rows) and of sources (combine) */
+#define HT_SHARED_OWN 1024u /* bytes of shared memory that kernels have besides what they are launched with */
+#define HT_DEST_BYTES 64u   /* a rank's line in the table of destinations (rows) and of sources (combine) */
 #define HT_SOURCE_BYTES 40u
 #define HT_SLOTS_BULK 32u /* rows of one token that combine loads by bulk copies; more go the plain way */
 
@@ -55,6 +56,8 @@ typedef struct ht_state {
     uint32_t barrier;     /* arrivals at begin's grid barrier; 0 between kernels */
     uint32_t fault;       /* 1: somebody has taken the right to write the host's record */
     uint32_t bad_ids;     /* ever */
+    /* Rows kernels: how often a warp has taken the next tokens, of rows and of ids. 0 between kernels. */
+    uint32_t taken_rows, taken_ids;
 } ht_state_t;
 
 /* In pinned host memory that kernels see, one per exchange. */

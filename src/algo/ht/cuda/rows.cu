@@ -1,10 +1,10 @@
 /*
  * rows: every token's row, read once, stored at its final row at every destination.
  *
- * Sending blocks: a warp takes every G-th (token, chunk). Lane 0 drives the loads into the warp's stages; lane j sends
- * to the token's j-th destination, each by a bulk store out of the same stage. The loads of the next item run
- * meanwhile, and the first ones start before any peer has published. Side data, ids, weights and source tokens go by
- * ordinary stores.
+ * Sending blocks: warps take tokens, whoever is free the next, for SMs differ in speed. Lane 0 drives the loads into
+ * the warp's stages; lane j sends to the token's j-th destination, each by a bulk store out of the same stage. The
+ * loads of the next item run meanwhile, and the first ones start before any peer has published. Side data, ids, weights
+ * and source tokens go by ordinary stores.
  *
  * Into a lease nothing else is needed: the last block tells the peers that all is written. Into the caller's memory the
  * rows of peers pass through a lease or ring in the window: the sender publishes a progress word a batch, copying
@@ -101,7 +101,7 @@ EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint32_t token)
     }
 }
 
-/* A sending warp: every `warps`-th token from `warp` on. */
+/* A sending warp: tokens `warp`, `warp` + `warps`, and then those that next_token says. */
 typedef struct ht_sender {
     const ht_dest_t *dests;
     ht_block_t *b;
@@ -186,18 +186,44 @@ EPX__DEVICE void send_ahead(const ht_rows_t &p, const ht_sender_t &x, const ht_s
     }
 }
 
+/* Lane 0: take a turn; what comes back is looked at a token later, when it is there. */
+EPX__DEVICE uint32_t take_turn(const ht_rows_t &p, const ht_sender_t &x)
+{
+    return x.lane == 0 ? add_relaxed_gpu_u32(&p.c.state->taken_rows, 1) : 0;
+}
+/* Warp: the token of that turn. A warp's tokens ascend, and all smaller ones are taken: so whoever has the smallest of
+ * those under way waits for nobody's room but what earlier tokens give back. */
+EPX__DEVICE uint32_t token_of_turn(const ht_sender_t &x, uint32_t turn)
+{
+    return 2 * x.warps + __shfl_sync(0xffffffffu, turn, 0);
+}
+
+/* Warp: token number x.done of this warp is on its way; those before it are written. The warp that tells finds in the
+ * block which token that is, and must have looked at the one that lay there before. */
+EPX__DEVICE void count_token(ht_sender_t &x, uint32_t token)
+{
+    uint32_t warp = threadIdx.x / 32;
+    if (x.lane == 0) {
+        while (x.done - atomicOr(&x.b->told[warp], 0u) >= HT_TURNS)
+            __nanosleep(100);
+        *(volatile uint32_t *)&x.b->token[warp][x.done % HT_TURNS] = token;
+    }
+    bulk_wait_done_but_1(); /* a token of many chunks a little late */
+    tell_progress(x.b, x.done++);
+}
+
 /* Warp: all its items. The first one is being loaded into stage 0, if its token goes anywhere; `a` says where, `next`
  * where the token after it goes. */
 EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t a, ht_aim_t next)
 {
     ht_item_t item = {x.warp, 0};
     ht_choice_t c = {x.lane, -1, 0.0f};
-    uint32_t i = 0;
+    uint32_t i = 0, coming = x.warp + x.warps, turn = take_turn(p, x); /* coming: the token that `next` is of */
     bool ok = true;
     while (item.token < p.tokens && ok) {
         bool used = __any_sync(0xffffffffu, aimed(p, a)) != 0, last = !used || item.chunk + 1 == p.cut.chunks;
         uint32_t then = i + 1 == p.cut.stages ? 0 : i + 1;
-        ht_item_t ahead = {last ? item.token + x.warps : item.token, last ? 0 : item.chunk + 1};
+        ht_item_t ahead = {last ? coming : item.token, last ? 0 : item.chunk + 1};
         bool loading = last ? __any_sync(0xffffffffu, aimed(p, next)) != 0 : true;
         if (then != i && loading)
             send_ahead(p, x, s, then, ahead);
@@ -212,17 +238,17 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
                 send_to(p, x, s, i, item, a, c);
             ok = ok && (p.h.slots <= 32 || send_more(p, x, s, i, item, c));
         }
-        if (last && x.counted && ok) { /* all tokens but the newest are written; a token of many chunks a little late */
-            bulk_wait_done_but_1();
-            tell_progress(x.b, x.done++);
-        }
+        if (last && x.counted && ok)
+            count_token(x, item.token);
         if (then == i && loading && ok)
             send_ahead(p, x, s, i, ahead);
         else if (EPX__BULK && loading && !ok && then != i)
             stage_wait(s, then); /* the engine still writes shared memory: do not leave before */
         if (last) {
             a = next;
-            next = aim_at(p, ahead.token + x.warps, x.lane);
+            coming = token_of_turn(x, turn);
+            next = aim_at(p, coming, x.lane);
+            turn = take_turn(p, x);
         }
         item = ahead;
         i = then;
@@ -236,13 +262,14 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
 /* For the announcing warp: one token of one sending warp is written everywhere. */
 typedef struct ht_sent {
     const ht_rows_t *p;
+    ht_block_t *b;
     const ht_dest_t *dests;
 } ht_sent_t;
 
 EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uint32_t i)
 {
     const ht_rows_t &p = *x.p;
-    uint32_t token = warp * p.send_blocks + blockIdx.x + i * p.send_blocks * p.cut.warps;
+    uint32_t token = *(volatile uint32_t *)&x.b->token[warp][i % HT_TURNS];
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_aim_t a = aim_at(p, token, slot);
         if (a.rank == AIM_FAR)
@@ -332,10 +359,12 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
         return;
     }
     x.counted = any_counted(p, dests);
-    ht_sent_t sent = {&p, dests};
+    ht_sent_t sent = {&p, b, dests};
     if (worker) {
-        send_items(p, x, s, a, next);
+        ok = send_items(p, x, s, a, next);
         tell_ended(b);
+        if (ok && p.first && !x.counted)
+            send_ids_aside(p, dests);
         return;
     }
     if (!p.first) /* the warp has nothing else to do yet */

@@ -65,25 +65,30 @@ EPX__DEVICE void send_ids_of(const ht_rows_t &p, const ht_dest_t *dests, uint32_
     }
 }
 
-/* One warp beside the senders: ids, weights and source tokens of the block's share of all tokens. Only when nobody asks
- * for progress words, which would have to cover them. */
+/* Warps beside the senders, and senders that have nothing left to send: ids, weights and source tokens, whoever is free
+ * the next few tokens. Only when nobody asks for progress words, which would have to cover them. */
 EPX__DEVICE void send_ids_aside(const ht_rows_t &p, const ht_dest_t *dests)
 {
     uint32_t lanes = 1, lane = threadIdx.x % 32;
     while (lanes < p.topk)
         lanes *= 2;
-    uint32_t tokens = 32 / lanes, step = p.send_blocks * tokens;
-    for (uint32_t t0 = blockIdx.x * tokens; t0 < p.tokens; t0 += IDS_AHEAD * step) {
+    uint32_t tokens = 32 / lanes, *turns = &p.c.state->taken_ids;
+    uint32_t turn = lane == 0 ? add_relaxed_gpu_u32(turns, 1) : 0;
+    for (;;) {
+        uint32_t t0 = __shfl_sync(0xffffffffu, turn, 0) * IDS_AHEAD * tokens + lane / lanes;
+        if (t0 - lane / lanes >= p.tokens)
+            return;
+        turn = lane == 0 ? add_relaxed_gpu_u32(turns, 1) : 0; /* on its way meanwhile */
         ht_choice_t c[IDS_AHEAD];
         ht_aim_t a[IDS_AHEAD];
 #pragma unroll
         for (uint32_t i = 0; i < IDS_AHEAD; i++) {
-            a[i] = aim_at(p, t0 + i * step + lane / lanes, lane % lanes);
-            c[i] = choice_at(p, t0 + i * step + lane / lanes, lane % lanes);
+            a[i] = aim_at(p, t0 + i * tokens, lane % lanes);
+            c[i] = choice_at(p, t0 + i * tokens, lane % lanes);
         }
 #pragma unroll
         for (uint32_t i = 0; i < IDS_AHEAD; i++)
-            send_ids_of(p, dests, t0 + i * step + lane / lanes, lanes, a[i], c[i]);
+            send_ids_of(p, dests, t0 + i * tokens, lanes, a[i], c[i]);
     }
 }
 

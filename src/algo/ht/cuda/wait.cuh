@@ -12,13 +12,18 @@
 #include <epx/device/ptx.cuh>
 
 /* In shared memory, one per block. */
+#define HT_TURNS 8u
 typedef struct ht_block {
     uint64_t n; /* this half's number */
     uint32_t stop;
     uint32_t last;
     uint32_t ended;                  /* worker warps that are through */
     uint32_t progress[HT_WARPS_MAX]; /* items of each that are written (or read) and can be told */
+    uint32_t told[HT_WARPS_MAX];     /* and those that were */
+    /* Sending rows: the tokens that those items are, of each warp's newest. */
+    uint32_t token[HT_WARPS_MAX][HT_TURNS];
 } ht_block_t;
+static_assert(sizeof(ht_block_t) + 256 <= HT_SHARED_OWN, "and a little for others");
 
 /* ---- where things are ---- */
 
@@ -296,7 +301,7 @@ EPX__DEVICE bool ht_enter_led(const ht_common_t &c, ht_block_t *b, ht_lead_t *le
             ld_acquire_sys_u64(&words_at(c, c.window, (int)threadIdx.x)->consumed); /* what follows waits */
     }
     if (threadIdx.x < HT_WARPS_MAX)
-        b->progress[threadIdx.x] = 0;
+        b->progress[threadIdx.x] = b->told[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         b->ended = 0;
         b->n = sequence + 1;
@@ -384,6 +389,8 @@ EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b, bool good)
         return;
     c.state->blocks_done = 0;
     c.state->barrier = 0;
+    c.state->taken_rows = 0;
+    c.state->taken_ids = 0;
     if (good)
         c.state->sequence = b->n;
 }
