@@ -77,18 +77,10 @@ static void on_notice(void *context, int from, const void *data, size_t bytes)
 /* A GPU's rails window is host memory as well, which kernels and the network both reach. */
 static epx_status_t choose_host(epx_group_t *group, own_t *own)
 {
-    uint64_t asked = 0;
-    if (!on_gpu(group)) {
-        own->host = group->device;
-        return EPX_OK;
-    }
-    EPX__TRY(epx__env_u64(EPX__ENV_CUDA_DOMAINS, 0, 1, 0, &asked));
-    if (!asked)
-        return epx__fail(EPX_E_UNSUPPORTED,
-                         "several domains work with the CPU backend so far; this group's is %s, for which they are "
-                         "written but have not been run: EPX_CUDA_DOMAINS=1 tries them",
-                         group->device->ops->name);
-    return epx__device_cpu.open(-1, &own->host);
+    if (on_gpu(group))
+        return epx__device_cpu.open(-1, &own->host);
+    own->host = group->device;
+    return EPX_OK;
 }
 
 static epx_status_t open_window(epx_buffer_t *buffer, epx__rails_t *rails, own_t *own)

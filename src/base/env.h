@@ -28,8 +28,7 @@
     X(NIC, "", "network interface or device to use, by name; default: the nearest, in turns")                          \
     X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                      \
     X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")                                        \
-    X(LL_INBAND, "auto", "CUDA, low latency: rows are their own arrival signal: auto (0, until measured), 0 or 1")     \
-    X(CUDA_DOMAINS, "", "1: several domains of GPUs, which is written and compiled but was never run")
+    X(LL_INBAND, "auto", "CUDA, low latency: rows are their own arrival signal: auto (where possible), 0 or 1")
 
 typedef enum epx__env {
 #define EPX__ENV_ENUM(name, default_text, meaning) EPX__ENV_##name,

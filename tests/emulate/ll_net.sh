@@ -8,7 +8,7 @@ set -u
 build=$(cd "$1" && pwd)
 rounds=${2:-100}
 out=$build/emulate/tests
-export EPX_CUDA_DOMAINS=1 EPX_TEST_RANKS_MAX=6 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1} EPX_TIMEOUT_MS=${EPX_TIMEOUT_MS:-60000}
+export EPX_TEST_RANKS_MAX=6 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1} EPX_TIMEOUT_MS=${EPX_TIMEOUT_MS:-60000}
 export EPX_EMULATE_SMS=5,8,6,12,5,7,9,5 # each rank has a GPU of its own
 failed=0
 run() {

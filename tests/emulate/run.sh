@@ -5,7 +5,7 @@ set -u
 build=$(cd "$1" && pwd)
 percent=${2:-2}
 out=$build/emulate
-export EPX_CUDA_DOMAINS=1 EPX_TEST_RANKS_MAX=4 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1}
+export EPX_TEST_RANKS_MAX=4 EPX_EMULATE_SEED=${EPX_EMULATE_SEED:-1}
 failed=0
 run() {
     echo "== $*"

@@ -206,7 +206,6 @@ static void suite(const char *spec, uint32_t iterations, bool processes)
 
 int main(int argc, char **argv)
 {
-    setenv("EPX_CUDA_DOMAINS", "1", 1);
     uint32_t iterations = argc > 2 ? (uint32_t)atoi(argv[2]) : 12;
     if (argc > 1) {
         suite(argv[1], iterations, strncmp(argv[1], "ofi", 3) == 0);

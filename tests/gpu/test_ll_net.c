@@ -77,7 +77,6 @@ int main(int argc, char **argv)
 {
     const char *spec = argc > 1 ? argv[1] : "all", *part = argc > 3 ? argv[3] : "";
     uint32_t iterations = argc > 2 ? (uint32_t)atoi(argv[2]) : 12, rounds = argc > 4 ? (uint32_t)atoi(argv[4]) : 0;
-    setenv("EPX_CUDA_DOMAINS", "1", 1);
     if (strcmp(spec, "all")) {
         run(spec, iterations, rounds, part);
         return xt_done();
