@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static void show(const char *what, const char *value, const char *why)
@@ -32,18 +33,32 @@ static void show_machine(void)
     }
 }
 
-static void show_backends(void)
+static void list_backends(void)
 {
     static const struct {
         epx_backend_t backend;
         const char *name;
     } all[] = {{EPX_BACKEND_CPU, "cpu"}, {EPX_BACKEND_CUDA, "cuda"}};
-    printf("\nbackends\n");
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         const char *why = "";
         epx_status_t status = epx_backend_usable(all[i].backend, &why);
         show(all[i].name, status == EPX_OK ? "usable" : "not usable", why);
     }
+    fflush(stdout);
+}
+
+/* In a child: CUDA that was started before the ranks are forked would not work in them. */
+static void show_backends(void)
+{
+    printf("\nbackends\n");
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        list_backends();
+        _exit(0);
+    }
+    if (child < 0 || waitpid(child, NULL, 0) != child)
+        list_backends();
 }
 
 /* A group of --ranks ranks is made for a moment, and asked. */
