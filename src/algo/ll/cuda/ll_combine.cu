@@ -72,8 +72,10 @@ static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
                 push_plain(p, threadIdx.x / 32, h.copiers, p.by_rank ? ranked_row(p, b.row) : b.row, to);
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            st_release_cta_u32(&h.done[threadIdx.x / 32], ++done);
+        if (threadIdx.x % 32 == 0) { /* atomics, as racecheck knows no other release and acquire in shared memory */
+            __threadfence_block();
+            atomicExch(&h.done[threadIdx.x / 32], ++done);
+        }
         b = later;
         i = next;
     }
@@ -85,8 +87,9 @@ static __device__ void teller(const ll_combine_t &p, ll_head_t &h, uint32_t whic
     uint32_t lane = threadIdx.x % 32, count = rows_to_push(p), row = which + 1;
     for (uint32_t i = blockIdx.x + which * gridDim.x; i < count; i += TELLERS * gridDim.x, row += TELLERS) {
         ll_back_t b = row_to_push(p, i);
-        while (!__all_sync(ALL_LANES, lane >= h.copiers || ld_acquire_cta_u32(&h.done[lane]) >= row))
+        while (!__all_sync(ALL_LANES, lane >= h.copiers || atomicOr(&h.done[lane], 0u) >= row))
             ; /* the copiers of this block wait for nobody */
+        __threadfence_block();
         if (lane == 0 && goes_home(p, b))
             st_release_sys_u64(
                 (uint64_t *)(l.c.peers[b.source] +
