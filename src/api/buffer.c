@@ -65,14 +65,14 @@ static epx_status_t check_config(const epx_buffer_config_t *c, int ranks)
     return EPX_OK;
 }
 
-/* Asked for, and nobody is given up by deadline: docs/PROTOCOL-LL.md says why. The shape has a say too (algo/ll/cuda).
- */
+/* Not refused, and nobody is given up by deadline: docs/PROTOCOL-LL.md says why. Domains and shape have a say too
+ * (algo/ll/cuda). */
 static epx_status_t choose_inband(epx__exchange_t *x)
 {
     const char *text = epx__env_text(EPX__ENV_LL_INBAND);
     if (strcmp(text, "auto") && strcmp(text, "0") && strcmp(text, "1"))
         return epx__fail(EPX_E_INVALID, "EPX_LL_INBAND is \"%.64s\"; it must be auto, 0 or 1", text);
-    x->ll_inband = !strcmp(text, "1") && !x->config.ll_mask_on_timeout;
+    x->ll_inband = strcmp(text, "0") && !x->config.ll_mask_on_timeout;
     return EPX_OK;
 }
 

@@ -53,7 +53,7 @@ finish() {
             grep "^$line " "$out/table.txt"
         done
         ll_table "$ranks" "$logs"/ll-{flags,inband,inband-96}-time.log
-        grep -hE '^(us  |cached|combine|low-latency)' "$logs/python-cost.log" 2>/dev/null
+        grep -hE '^(us  |cached|combine|low-latency|  in a graph)' "$logs/python-cost.log" 2>/dev/null
         timeout 10 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
         echo "$([ -e "$logs/failed" ] && echo "SOMETHING FAILED: failures.txt, log-*.txt" || echo "nothing failed"), no time for $(grep -c ' no time ' "$out/table.txt") steps, $SECONDS s"; } | tee "$out/summary.txt" | tail -c 11500
 }
@@ -71,7 +71,7 @@ use_fabric() { # where the system has no libfabric
     [ -z "$fabric" ] || export LD_LIBRARY_PATH=$fabric${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
 section_net() { # domains, by the networks that there are
-    export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=10000
+    export EPX_TIMEOUT_MS=10000
     step domains-loop 45 "$tests/gpu_test_domains" loop "$(pct 10)"
     step domains-sim 40 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
     use_fabric
@@ -81,7 +81,7 @@ section_net() { # domains, by the networks that there are
     [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=2 EPX_TEST_RANKS_MAX=4 step suite-tcp 60 "$tests/gpu_test_differential" "" "$(pct 3)"
 }
 section_llnet() { # low latency between domains: the smallest world first, then masks, graphs, long runs
-    export EPX_CUDA_DOMAINS=1 EPX_TIMEOUT_MS=10000 EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4
+    export EPX_TIMEOUT_MS=10000 EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4
     step first 15 "$tests/gpu_test_ll_net" loop "$(pct 8)" "one slot"
     step loop 35 "$tests/gpu_test_ll_net" loop "$(pct 4)" "" "$(pct 300)"
     step sim 20 "$tests/gpu_test_ll_net" sim:1 "$(pct 4)" "two of"
@@ -95,19 +95,19 @@ section_llnet() { # low latency between domains: the smallest world first, then 
 section_ll1() { # low latency, ranks share a GPU; in-band first
     export EPX_TIMEOUT_MS=10000
     EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
-    EPX_LL_INBAND=1 step inband 40 "$tests/gpu_test_ll" "" "$(pct 30)"
+    EPX_LL_INBAND=1 step inband 45 "$tests/gpu_test_ll" "" "$(pct 10)"
     EPX_LL_INBAND=1 step inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
-    EPX_LL_INBAND=1 step inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 60)"
+    EPX_LL_INBAND=1 step inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 30)"
     step deadline 15 "$tests/gpu_test_ll_deadline"
     EPX_LL_INBAND=0 step flags 25 "$tests/gpu_test_ll" "" "$(pct 20)"
     EPX_LL_INBAND=0 step flags-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
 }
 section_ht1() { # high throughput in one domain, ranks share a GPU
     export EPX_TIMEOUT_MS=10000
+    EPX_TEST_RANKS_MAX=4 step differential 110 "$tests/gpu_test_differential" "" "$(pct 1)"
+    step stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
     step bounds 25 "$tests/gpu_test_bounds"
     step graphs 25 "$tests/gpu_test_graph" "$(pct 60)"
-    EPX_TEST_RANKS_MAX=4 step differential 50 "$tests/gpu_test_differential" "" "$(pct 3)"
-    step stress 30 "$tests/gpu_test_stress" "" "$(pct 2)"
 }
 
 # ---- all GPUs ----
@@ -125,10 +125,11 @@ section_ll() {
 }
 section_ht() {
     export EPX_TIMEOUT_MS=10000
-    step bounds 20 "$tests/gpu_test_bounds"
-    step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
-    EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "" "$(pct 2)"
+    step info 20 "$build/bin/epx" info
     step fault 40 "$tests/gpu_test_fault"
+    step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
+    step bounds 20 "$tests/gpu_test_bounds"
+    EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "two" "$(pct 2)"
 }
 bench() { # NAME ARGUMENTS...
     local name=$1
@@ -142,6 +143,7 @@ section_benchht() {
     bench own-28 --sms 28 --op dispatch_cached --own-memory --no-floor
     bench combine-own-24 --sms 24 --op combine --own-memory --no-floor
     bench bf16-8 --sms 8 --op dispatch_cached --no-floor
+    bench bf16-20 --sms 20 --op dispatch_cached,combine --no-floor
     bench default --op dispatch,dispatch_cached,combine,layout --no-floor
 }
 section_benchll() {
@@ -156,7 +158,6 @@ section_benchll() {
     done
 }
 section_benchnet() {
-    export EPX_CUDA_DOMAINS=1
     use_fabric
     [ -n "$ofi" ] || return
     bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --no-floor --op dispatch,dispatch_cached,combine
@@ -176,8 +177,8 @@ section_python() {
     pytests two-ranks 100 -k "2] or test_late or other_device"
     # No torchrun: its ranks are sessions of their own, which a timeout does not end.
     export EPX_TIMEOUT_MS=10000 PYTHONPATH=$source/python MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
-    step cost 45 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 & p="${p:-} $!"; done
-        for r in $p; do wait $r || exit 1; done' - "$source/bench/python_cost.py"
+    step cost 60 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 --bench "$2" & p="${p:-} $!"; done
+        for r in $p; do wait $r || exit 1; done' - "$source/bench/python_cost.py" "$build/bin/epx"
 }
 # compute-sanitizer; ranks are processes, since it runs a process's kernels one after the other.
 sanitize() { # TOOL
@@ -185,7 +186,7 @@ sanitize() { # TOOL
     export EPX_TIMEOUT_MS=60000
     use_fabric
     EPX_LL_INBAND=1 step ll-inband-$tool 40 $sanitizer "$tests/gpu_test_ll" "two processes" 4
-    [ -z "$ofi" ] || EPX_CUDA_DOMAINS=1 EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp step net-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
+    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp step net-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
     step bounds-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
     EPX_LL_INBAND=0 step ll-flags-$tool 40 $sanitizer "$tests/gpu_test_ll" "two processes" 4
 }
@@ -218,10 +219,10 @@ ofi=""
 find_fabric && ofi=yes
 
 if [ "$gpus" -gt 1 ]; then
-    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=150 llnet=100 memcheck=70) &
-    (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=80 ht1=60 py1=70) &
+    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=130 llnet=70 memcheck=40) &
+    (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=80 ht1=110 py1=40) &
     wait
-    sections ll=80 ht=60
+    sections ll=70 ht=80
 else
     sections ll1=100 net=150 llnet=100 ht1=80 py1=70
 fi

@@ -61,17 +61,31 @@ static void roles(void)
                 CHECK(!send || (r.ids == 0 && r.send_blocks >= 1 && r.send_first + r.send_blocks <= blocks), "%u",
                       blocks);
                 CHECK(!recv || (r.recv_blocks >= 1 && r.recv_first + r.recv_blocks <= blocks), "%u", blocks);
-                CHECK(!recv || (r.counts < blocks && r.lists < blocks && r.places < blocks), "%u", blocks);
+                CHECK(!recv || (r.counts < blocks && r.lists < blocks && r.sums < blocks && r.places < blocks), "%u",
+                      blocks);
                 CHECK(send || (r.ids == LL_NO_BLOCK && r.send_blocks == 0));
                 CHECK(recv || (r.counts == LL_NO_BLOCK && r.recv_blocks == 0));
                 if (send && recv) /* roles of their own */
                     CHECK(r.send_first == 1 && r.recv_first == 1 + r.send_blocks &&
                               r.counts == r.recv_first + r.recv_blocks && r.lists == r.counts + 1 &&
-                              r.places == r.lists + 1 && r.places == blocks - 1,
+                              r.sums == r.lists + 1 && r.places == r.sums + 1 && r.places == blocks - 1,
                           "%u blocks", blocks);
             }
     ll_roles_t r = ll_roles_of(132, true, true, 128);
-    CHECK(r.send_blocks == 64 && r.recv_blocks == 64, "%u send, %u receive", r.send_blocks, r.recv_blocks);
+    CHECK(r.send_blocks == 39 && r.recv_blocks == 88, "%u send, %u receive", r.send_blocks, r.recv_blocks);
+}
+
+/* A vector of four words of a bitmap, counted up to a bit. */
+static void bits(void)
+{
+    for (uint32_t rest = 0; rest <= 128; rest++) {
+        uint32_t n = 0;
+        for (uint32_t w = 0; w < 4; w++)
+            n += (uint32_t)__builtin_popcount(ll_bits_below(rest, w));
+        CHECK(n == rest, "%u", rest);
+    }
+    CHECK(ll_bits_below(5, 0) == 0x1f && ll_bits_below(32, 0) == 0xffffffffu && ll_bits_below(33, 1) == 1);
+    CHECK(ll_bitmap_words(1) == 4 && ll_bitmap_words(128) == 4 && ll_bitmap_words(129) == 8);
 }
 
 /* Every item once, whatever the number of blocks; every pair once, whatever the rank. */
@@ -112,6 +126,7 @@ int main(void)
     room();
     locals();
     roles();
+    bits();
     orders();
     return check_done();
 }

@@ -153,15 +153,19 @@ static int launch_inband(ll_dispatch_t p, uint32_t blocks, bool send, bool recv,
     ll_roles_t r = ll_roles_of(blocks, send, recv, p.l.tokens);
     p.send = send;
     p.recv = recv;
+    p.words = ll_bitmap_words((uint64_t)p.l.c.layout.ll.ranks * p.l.c.layout.ll.tokens_max);
     p.ids_block = r.ids;
     p.book_block = r.counts;
     p.list_block = r.lists;
+    p.sum_block = p.topk_weights || p.l.ranked ? r.sums : LL_NO_BLOCK; /* else no combine asks for sums */
     p.place_block = r.places;
     p.send_first = r.send_first;
     p.send_blocks = r.send_blocks;
     p.recv_first = r.recv_first;
     p.recv_blocks = r.recv_blocks;
-    return epx__ll_launch_inband_dispatch(&p, blocks, recv ? index_bytes(&p) : 0, stream);
+    uint64_t pairs = (uint64_t)p.l.c.layout.ll.ranks * p.l.c.layout.ll.tokens_max * p.l.topk;
+    uint32_t shared = recv ? (uint32_t)ll_inband_index_bytes(pairs, p.parts, p.words) : 0;
+    return epx__ll_launch_inband_dispatch(&p, blocks, shared, stream);
 }
 
 static int launch_send(ll_dispatch_t p, uint32_t blocks, cudaStream_t stream)

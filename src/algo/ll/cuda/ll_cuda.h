@@ -106,10 +106,10 @@ typedef struct ll_dispatch {
     ll_common_t l;
     /* roles of blocks: [first, first + blocks); a block may have several and does them in this order */
     uint32_t ids_block, send_first, send_blocks, book_block, recv_first,
-        recv_blocks;                  /* ids_block, book_block: ~0 none */
-    uint32_t list_block, place_block; /* in-band kernels: parts of the books */
-    uint32_t send, recv;              /* which halves this kernel does */
-    uint32_t indexed;                 /* positions are in `index` already (large shapes) */
+        recv_blocks;                             /* ids_block, book_block: ~0 none */
+    uint32_t list_block, sum_block, place_block; /* in-band kernels: parts of the books */
+    uint32_t send, recv;                         /* which halves this kernel does */
+    uint32_t indexed;                            /* positions are in `index` already (large shapes) */
     uint32_t fp8, round_scale, ue8m0, stamp_shape;
     uint32_t parts, words; /* of the bitmaps: [parts][words] */
     char *index;           /* global: ids, bits, before; for large shapes */

@@ -60,8 +60,9 @@ static bool inband_fits(const epx__exchange_t *x)
     const epx__ll_layout_t *l = &x->layout.ll;
     uint64_t rows = (uint64_t)l->ranks * l->tokens_max;
     return x->ll_inband && !x->ll_net && l->ranks <= LL_INBAND_RANKS_MOST &&
+           l->slots * l->ranks <= LL_INBAND_THREADS - 32 && /* a thread each, in warps but the last */
            x->config.experts_max <= LL_INBAND_EXPERTS_MOST &&
-           ll_index_bytes(rows * l->topk_max, experts_here(x), (rows + 31) / 32) <= LL_SHARED_MOST;
+           ll_inband_index_bytes(rows * l->topk_max, experts_here(x), ll_bitmap_words(rows)) <= LL_SHARED_MOST;
 }
 
 /* Load every kernel that the buffer uses, and fill the places with the empty pattern. */
@@ -153,8 +154,8 @@ static epx_status_t create(epx__exchange_t *exchange)
     }
     if (exchange->ll_inband && exchange->rank == 0)
         epx__log(2, "low latency: %s",
-                 ll->inband ? "rows are their own arrival signal (EPX_LL_INBAND); not measured yet"
-                            : "this shape, or several domains, take flags, though EPX_LL_INBAND is 1");
+                 ll->inband ? "rows are their own arrival signal"
+                            : "rows come with flags: several domains, or the shape");
     epx_status_t status = epx__cuda_enter(ll->ht->ordinal, &before);
     if (status == EPX_OK) {
         status = allocate(ll);

@@ -21,6 +21,8 @@ typedef struct ll_entry {
     uint32_t claimed; /* combine: pieces that some adder of this block has taken */
     char *peer[LL_INBAND_RANKS_MOST];
     uint8_t to[LL_INBAND_RANKS_MOST], from[LL_INBAND_RANKS_MOST];
+    uint64_t
+        left[LL_INBAND_RANKS_MOST]; /* dispatch, the block that sends ids: its outputs of that call were not added */
 } ll_entry_t;
 
 /* ---- words ---- */
@@ -78,15 +80,15 @@ EPX__DEVICE void ll_tell_inband(const ll_common_t &l)
 
 /* ---- credit ---- */
 
-/* How rows go to rank r in call n; stop: *stop. Every block that sends asks for itself, and may hear of a later call of
- * a rank that has given this one up: then nobody looks at what it sends. */
-EPX__DEVICE uint8_t ll_way_to(const ll_common_t &l, uint64_t n, uint32_t slot, int r, bool *stop)
+/* How rows go to rank r in call n, whose credit was `seen` (acquire); stop: *stop. Every block that sends asks for
+ * itself, and may hear of a later call of a rank that has given this one up: then nobody looks at what it sends. */
+EPX__DEVICE uint8_t ll_way_to(const ll_common_t &l, uint64_t n, uint32_t slot, int r, uint64_t seen, bool *stop)
 {
     if (n <= l.slots)
         return LL_INBAND;
-    const uint64_t *taken = &ll_words(l, l.c.window, slot, r)->taken;
-    uint64_t want = ll_credit_word(n - l.slots, 0), seen = ld_acquire_sys_u64(taken);
+    uint64_t want = ll_credit_word(n - l.slots, 0);
     if (seen < want) {
+        const uint64_t *taken = &ll_words(l, l.c.window, slot, r)->taken;
         if (ll_wait_slow<false>(l, n, taken, want, r, HT_STAGE_CREDIT, NULL, NULL) != LL_CAME) {
             *stop = true;
             return LL_NOBODY;

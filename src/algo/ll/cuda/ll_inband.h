@@ -13,6 +13,10 @@
 #ifndef LL_INBAND_WARPS     /* tests/emulate takes fewer */
 #define LL_INBAND_WARPS 28u /* of a block: two tokens of 7168 elements in pieces of 512, four in pieces of 1024 */
 #endif
+#ifndef LL_HOME_WARPS
+#define LL_HOME_WARPS 28u /* in combine */
+#endif
+#define LL_SENDERS_OF_16 5u /* a sending block is through sooner than one that takes: measured, 3 to 8 */
 #define LL_INBAND_THREADS (LL_INBAND_WARPS * 32u)
 #define LL_INBAND_RANKS_MOST 128u
 #define LL_INBAND_EXPERTS_MOST 0xffffu
@@ -22,9 +26,10 @@
 #define LL_NO_ID 0xffffu
 #define LL_IDS_IN_WORD 6u
 #define LL_NO_BLOCK 0xffffffffu
-/* Blocks that neither send nor spread: one sends ids, three keep books. Fewer than 8 blocks: two kernels. */
-#define LL_SERVICE_BLOCKS 4u
-#define LL_WHOLE_BLOCKS_LEAST 8u
+/* Blocks that neither send nor spread: one sends ids, four keep books. Fewer than 10 blocks: two kernels. */
+#define LL_BOOKS 4u
+#define LL_SERVICE_BLOCKS (LL_BOOKS + 1)
+#define LL_WHOLE_BLOCKS_LEAST 10u
 
 /* ---- words ---- */
 
@@ -57,6 +62,15 @@ EPX__INLINE uint32_t ll_unpack_id(ll_word_t w, uint32_t i)
 {
     return (uint32_t)(i < 4 ? w.first >> 16 * i : w.second >> 16 * (i - 4)) & 0xffffu;
 }
+/* Bitmaps of (source, token): words of a part, and bytes of ids and bitmaps. A thread counts four words at a time. */
+EPX__INLINE uint32_t ll_bitmap_words(uint64_t rows)
+{
+    return (uint32_t)((rows + 127) / 128 * 4);
+}
+EPX__INLINE uint64_t ll_inband_index_bytes(uint64_t pairs, uint64_t parts, uint64_t words)
+{
+    return (pairs * 2 + 15) / 16 * 16 + parts * words * 4;
+}
 /* Words of a source's ids. They take no more room than its ids as words of their own (plan/ll.h). */
 EPX__INLINE uint32_t ll_id_words(uint32_t pairs)
 {
@@ -87,29 +101,37 @@ EPX__INLINE uint64_t ll_credit_word(uint64_t n, uint32_t flags)
 /* ---- who does what ---- */
 
 typedef struct ll_roles {
-    uint32_t ids, counts, lists, places; /* blocks */
+    uint32_t ids, counts, lists, sums, places; /* blocks */
     uint32_t send_first, send_blocks, recv_first, recv_blocks;
 } ll_roles_t;
 
 /* Blocks with low numbers start first: those that wait for nobody of this rank come before those that do. */
 EPX__INLINE ll_roles_t ll_roles_of(uint32_t blocks, bool send, bool recv, uint32_t tokens)
 {
-    ll_roles_t r = {LL_NO_BLOCK, LL_NO_BLOCK, LL_NO_BLOCK, LL_NO_BLOCK, 0, 0, 0, 0};
+    ll_roles_t r = {LL_NO_BLOCK, LL_NO_BLOCK, LL_NO_BLOCK, LL_NO_BLOCK, LL_NO_BLOCK, 0, 0, 0, 0};
     if (send) {
-        uint32_t half = (blocks - LL_SERVICE_BLOCKS) / 2, useful = tokens ? tokens : 1;
+        uint32_t senders = (blocks - LL_SERVICE_BLOCKS) * LL_SENDERS_OF_16 / 16, useful = tokens ? tokens : 1;
         r.ids = 0;
         r.send_first = blocks > 1;
-        r.send_blocks = !recv ? blocks - r.send_first : half < useful ? half : useful;
+        r.send_blocks = !recv ? blocks - r.send_first : senders < useful ? senders : useful;
     }
     if (recv) {
-        uint32_t books = blocks >= LL_SERVICE_BLOCKS ? 3 : 0;
+        uint32_t books = blocks >= LL_SERVICE_BLOCKS ? LL_BOOKS : 0, first = blocks - books;
         r.recv_first = send ? r.send_first + r.send_blocks : 0;
-        r.recv_blocks = blocks - r.recv_first - books;
-        r.counts = books ? blocks - 3 : 0;
-        r.lists = books ? blocks - 2 : 0;
-        r.places = books ? blocks - 1 : 0;
+        r.recv_blocks = first - r.recv_first;
+        r.counts = books ? first : 0;
+        r.lists = books ? first + 1 : 0;
+        r.sums = books ? first + 2 : 0;
+        r.places = books ? first + 3 : 0;
     }
     return r;
+}
+
+/* How many of the 128 bits of a bitmap's vector are before bit `rest`, word by word: a mask for word `word`. */
+EPX__INLINE uint32_t ll_bits_below(uint32_t rest, uint32_t word)
+{
+    uint32_t n = rest > word * 32 ? rest - word * 32 : 0;
+    return n >= 32 ? 0xffffffffu : (1u << n) - 1;
 }
 
 /* Of `all` items dealt out one by one to `blocks` blocks, how many the block numbered `index` has. */

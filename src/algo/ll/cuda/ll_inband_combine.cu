@@ -17,8 +17,8 @@
 #define BATCH 4u /* rows of a sum that a lane loads at once, before it goes home */
 /* Warps of a block, [by_rank], and of those the ones that push, in a kernel that adds as well. A token's eight choices
  * at once need 80 registers a lane; sums over a few ranks fewer, but they wait for more loads. */
-#define WARPS(by_rank) ((by_rank) ? LL_INBAND_WARPS : LL_INBAND_WARPS * 6 / 7)
-#define PUSHERS(by_rank) ((by_rank) ? LL_INBAND_WARPS * 9 / 14 : LL_INBAND_WARPS * 3 / 7)
+#define WARPS(by_rank) ((by_rank) ? LL_HOME_WARPS : LL_HOME_WARPS * 6 / 7)
+#define PUSHERS(by_rank) ((by_rank) ? LL_HOME_WARPS * 9 / 14 : LL_HOME_WARPS * 3 / 7)
 #define ON_ITS_WAY 1u /* of ll_entry.from: that rank has my tokens, and is not masked */
 #define GIVEN_UP 2u   /* it has my tokens, and is masked since */
 
@@ -43,32 +43,53 @@ EPX__DEVICE ll_back_t row_to_push(const ll_combine_t &p, uint32_t others, uint32
                      (int32_t)(pair / l.topk), (int32_t)(pair % l.topk)};
 }
 
-/* Rank-major: a row of its own, the same for every choice. */
-EPX__DEVICE int32_t ranked_row(const ll_common_t &l, const ll_back_t &b)
+/* A row under way; row < 0: none. By rank, lane k < topk has choice k's row of the caller and its weight. */
+typedef struct ll_home {
+    ll_back_t b;
+    int32_t pos;
+    float weight;
+} ll_home_t;
+
+#define NO_ROW (ll_back_t{-1, 0, 0, 0})
+
+/* What a warp pushes: pieces of rows, one by one. While one is loaded, the next is looked up, and the one after found:
+ * each is a way to memory and back, and needs what the one before has brought. */
+typedef struct ll_pushing {
+    uint32_t unit, pieces, stride, others, rows;
+    ll_home_t now, next;
+    ll_back_t after;
+    uint32_t at; /* this lane's bytes in `now`, and what they hold */
+    uint4 v;
+} ll_pushing_t;
+
+template <bool by_rank>
+EPX__DEVICE ll_home_t look_up(const ll_combine_t &p, ll_back_t b)
 {
+    const ll_common_t &l = p.l;
     uint32_t lane = threadIdx.x % 32;
-    int32_t pos = lane < l.topk ? l.r.pos[(size_t)b.row * l.topk + lane] : -1;
-    uint32_t some = __ballot_sync(ALL_LANES, pos >= 0);
-    return __shfl_sync(ALL_LANES, pos, some ? __ffs((int)some) - 1 : 0);
+    ll_home_t h = {b, -1, 0.0f};
+    if (!by_rank || b.row < 0 || lane >= l.topk)
+        return h;
+    h.pos = l.r.pos[(size_t)b.row * l.topk + lane];
+    if (p.pre_reduced)
+        h.weight = l.r.weights[(size_t)b.row * l.topk + lane];
+    return h;
 }
 
 /* Weighted sum over my experts of one token, in top-k order, of the elements at byte `at`. */
-EPX__DEVICE uint4 sum_here(const ll_combine_t &p, const ll_back_t &b, uint32_t at, bool inside)
+EPX__DEVICE uint4 sum_here(const ll_combine_t &p, const ll_home_t &h, uint32_t at, bool inside)
 {
-    const ll_common_t &l = p.l;
-    uint32_t lane = threadIdx.x % 32, bytes = l.hidden * 2;
-    size_t choice = (size_t)b.row * l.topk + lane;
-    int32_t pos = lane < l.topk ? l.r.pos[choice] : -1;
-    float weight = pos >= 0 ? l.r.weights[choice] : 0.0f, acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    for (uint32_t m = __ballot_sync(ALL_LANES, pos >= 0); m;) {
+    uint32_t bytes = p.l.hidden * 2;
+    float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (uint32_t m = __ballot_sync(ALL_LANES, h.pos >= 0); m;) {
         uint4 v[BATCH];
         float w[BATCH];
         uint32_t have = 0;
 #pragma unroll
         for (uint32_t i = 0; i < BATCH; i++, m &= m - 1) {
             int k = m ? __ffs((int)m) - 1 : 0;
-            size_t row = (size_t)__shfl_sync(ALL_LANES, pos, k);
-            w[i] = __shfl_sync(ALL_LANES, weight, k);
+            size_t row = (size_t)__shfl_sync(ALL_LANES, h.pos, k);
+            w[i] = __shfl_sync(ALL_LANES, h.weight, k);
             v[i] = make_uint4(0, 0, 0, 0);
             if (m) {
                 have = i + 1;
@@ -84,33 +105,80 @@ EPX__DEVICE uint4 sum_here(const ll_combine_t &p, const ll_back_t &b, uint32_t a
     return round8(acc);
 }
 
-/* One warp. `b`: its first row, looked up while the block was entered. */
+/* One warp: the elements to push. */
 template <bool by_rank>
-static __device__ void push(const ll_combine_t &p, const ll_entry_t &e, uint32_t warps, uint32_t others, uint32_t rows,
-                            ll_back_t b)
+EPX__DEVICE void load_push(const ll_combine_t &p, ll_pushing_t *u)
+{
+    uint32_t bytes = p.l.hidden * 2;
+    int32_t row = u->now.b.row;
+    u->at = (u->unit - u->unit / u->pieces * u->pieces) * LL_HOME_PIECE * 2 + threadIdx.x % 32 * 16;
+    u->v = make_uint4(0, 0, 0, 0);
+    if (row < 0)
+        return;
+    if (by_rank && p.pre_reduced) {
+        u->v = sum_here(p, u->now, u->at, u->at < bytes);
+        return;
+    }
+    if (by_rank) { /* rank-major: a row of its own, the same for every choice */
+        uint32_t some = __ballot_sync(ALL_LANES, u->now.pos >= 0);
+        row = __shfl_sync(ALL_LANES, u->now.pos, some ? __ffs((int)some) - 1 : 0);
+    }
+    if (u->at < bytes)
+        u->v = ld_global_16(p.x + (size_t)row * bytes + u->at);
+}
+
+/* The row of a unit; `early`, loaded from the list before it was known how long the list is. */
+template <bool by_rank>
+EPX__DEVICE ll_back_t row_of_unit(const ll_combine_t &p, const ll_pushing_t &u, uint32_t unit, ll_back_t early)
+{
+    uint32_t row = unit / u.pieces;
+    return row < u.others ? early : row < u.rows ? row_to_push<by_rank>(p, u.others, row) : NO_ROW;
+}
+template <bool by_rank>
+EPX__DEVICE ll_back_t early_row(const ll_combine_t &p, uint32_t row)
+{
+    const epx__ll_layout_t *l = &p.l.c.layout.ll;
+    uint32_t room = l->ranks * l->tokens_max * (by_rank ? 1 : l->topk_max);
+    return row >= room ? NO_ROW : by_rank ? p.l.r.rank_list[row] : p.l.r.list[row];
+}
+
+/* One warp of `warps`: its first piece, and what it holds. */
+template <bool by_rank>
+EPX__DEVICE ll_pushing_t first_push(const ll_combine_t &p, uint32_t warps)
 {
     const ll_common_t &l = p.l;
-    uint32_t bytes = l.hidden * 2, pieces = (l.hidden + LL_HOME_PIECE - 1) / LL_HOME_PIECE, stride = gridDim.x * warps;
-    uint32_t unit = blockIdx.x * warps + threadIdx.x / 32, lane = threadIdx.x % 32, all = rows * pieces;
-    while (unit < all) {
-        uint32_t next = unit + stride, at = unit % pieces * LL_HOME_PIECE * 2 + lane * 16;
-        ll_back_t later = b;
-        if (next < all) /* on its way meanwhile */
-            later = row_to_push<by_rank>(p, others, next / pieces);
-        if (b.row >= 0 && e.to[b.source] != LL_NOBODY) {
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (by_rank && p.pre_reduced)
-                v = sum_here(p, b, at, at < bytes);
-            else {
-                int32_t row = by_rank ? ranked_row(l, b) : b.row;
-                if (at < bytes)
-                    v = ld_global_16(p.x + (size_t)row * bytes + at);
-            }
-            if (at < bytes)
-                st_relaxed_sys_16(home_of(l, e, b) + at, ll_full(v));
-        }
-        b = later;
-        unit = next;
+    ll_pushing_t u;
+    u.pieces = (l.hidden + LL_HOME_PIECE - 1) / LL_HOME_PIECE;
+    u.stride = gridDim.x * warps;
+    u.unit = blockIdx.x * warps + threadIdx.x / 32;
+    ll_back_t now = early_row<by_rank>(p, u.unit / u.pieces);
+    ll_back_t next = early_row<by_rank>(p, (u.unit + u.stride) / u.pieces);
+    ll_back_t after = early_row<by_rank>(p, (u.unit + 2 * u.stride) / u.pieces);
+    u.others = l.r.list_count[by_rank];
+    u.rows = u.others + (by_rank || p.recv ? 0 : l.tokens * l.topk);
+    u.now = look_up<by_rank>(p, row_of_unit<by_rank>(p, u, u.unit, now));
+    u.next = look_up<by_rank>(p, row_of_unit<by_rank>(p, u, u.unit + u.stride, next));
+    u.after = row_of_unit<by_rank>(p, u, u.unit + 2 * u.stride, after);
+    load_push<by_rank>(p, &u);
+    return u;
+}
+
+/* One warp. `u`: its first piece, looked up while the block was entered. */
+template <bool by_rank>
+static __device__ void push(const ll_combine_t &p, const ll_entry_t &e, ll_pushing_t u)
+{
+    uint32_t bytes = p.l.hidden * 2, all = u.rows * u.pieces;
+    while (u.unit < all) {
+        const ll_back_t b = u.now.b;
+        if (b.row >= 0 && e.to[b.source] != LL_NOBODY && u.at < bytes)
+            st_relaxed_sys_16(home_of(p.l, e, b) + u.at, ll_full(u.v));
+        u.unit += u.stride;
+        u.now = u.next;
+        u.next = look_up<by_rank>(p, u.after);
+        uint32_t row = (u.unit + 2 * u.stride) / u.pieces;
+        u.after = row < u.rows ? row_to_push<by_rank>(p, u.others, row) : NO_ROW;
+        if (u.unit < all)
+            load_push<by_rank>(p, &u);
     }
 }
 
@@ -300,28 +368,46 @@ static __device__ void add(const ll_combine_t &p, ll_entry_t &e)
 
 /* ---- the kernel ---- */
 
+/* What one thread a rank finds out. */
+typedef struct ll_known {
+    uint64_t n, alarm;
+    uint32_t slot, asked, masked;
+    char *peer;
+} ll_known_t;
+
+EPX__DEVICE ll_known_t look(const ll_common_t &l)
+{
+    uint32_t r = threadIdx.x;
+    ll_known_t k = {0, 0, 0, 0, 0, NULL};
+    if (r >= (uint32_t)l.c.ranks)
+        return k;
+    k.n = ((volatile uint64_t *)l.r.number)[0];
+    k.slot = (uint32_t)((volatile uint64_t *)l.r.number)[1];
+    k.asked = *(volatile uint32_t *)&l.r.asked[r];
+    k.masked = *(volatile uint32_t *)&l.masked[r];
+    k.alarm = r ? 0 : ld_relaxed_sys_u64(alarm_of(l.c, l.c.window));
+    k.peer = l.c.peers[r];
+    return k;
+}
+
 /* The whole block, one thread a rank. False: stop. */
-static __device__ bool enter(const ll_combine_t &p, ll_entry_t &e)
+static __device__ bool enter(const ll_combine_t &p, ll_entry_t &e, const ll_known_t &k)
 {
     const ll_common_t &l = p.l;
     uint32_t r = threadIdx.x;
     bool stop = false;
     if (r < (uint32_t)l.c.ranks) {
-        uint32_t asked = *(volatile uint32_t *)&l.r.asked[r], masked = *(volatile uint32_t *)&l.masked[r];
-        uint64_t alarm = r ? 0 : ld_relaxed_sys_u64(alarm_of(l.c, l.c.window));
-        uint64_t n = ((volatile uint64_t *)l.r.number)[0];
-        uint32_t slot = (uint32_t)((volatile uint64_t *)l.r.number)[1];
-        e.peer[r] = l.c.peers[r];
-        e.to[r] = masked ? LL_NOBODY : LL_INBAND;
-        e.from[r] = !asked ? 0 : masked ? GIVEN_UP : ON_ITS_WAY;
+        e.peer[r] = k.peer;
+        e.to[r] = k.masked ? LL_NOBODY : LL_INBAND;
+        e.from[r] = !k.asked ? 0 : k.masked ? GIVEN_UP : ON_ITS_WAY;
         if (r == 0) {
-            e.n = n;
-            e.slot = slot;
+            e.n = k.n;
+            e.slot = k.slot;
             e.claimed = 0;
-            stop = alarm && ht_stopped(l.c, n, false);
+            stop = k.alarm && ht_stopped(l.c, k.n, false);
         }
         if (blockIdx.x == 0 && p.send != p.recv) /* halves: between them, outputs lie in the slot */
-            *(volatile uint64_t *)&l.unread[slot * (uint32_t)l.c.ranks + r] = p.send && asked ? n : 0;
+            *(volatile uint64_t *)&l.unread[k.slot * (uint32_t)l.c.ranks + r] = p.send && k.asked ? k.n : 0;
     }
     return __syncthreads_or(stop) == 0;
 }
@@ -348,23 +434,18 @@ __global__ void __launch_bounds__(WARPS(by_rank) * 32, 1) ll_inband_combine(cons
     const ll_common_t &l = p.l;
     if (l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
         return;
-    uint32_t warp = threadIdx.x / 32, pushers = WARPS(by_rank), others = 0, rows = 0;
-    ll_back_t first = {-1, 0, 0, 0};
-    if (p.send) { /* on its way while the block is entered */
-        if (p.recv)
-            pushers = PUSHERS(by_rank);
-        others = l.r.list_count[by_rank];
-        rows = others + (by_rank || p.recv ? 0 : l.tokens * l.topk);
-        uint32_t pieces = (l.hidden + LL_HOME_PIECE - 1) / LL_HOME_PIECE, row = (blockIdx.x * pushers + warp) / pieces;
-        if (warp < pushers && row < rows)
-            first = row_to_push<by_rank>(p, others, row);
-    }
-    if (!enter(p, e))
+    uint32_t warp = threadIdx.x / 32, pushers = p.send && p.recv ? PUSHERS(by_rank) : WARPS(by_rank);
+    bool pushes = p.send && warp < pushers;
+    ll_known_t known = look(l);
+    ll_pushing_t first = {};
+    if (pushes) /* on its way while the block is entered */
+        first = first_push<by_rank>(p, pushers);
+    if (!enter(p, e, known))
         return;
     if (blockIdx.x == 0 && warp == WARPS(by_rank) - 1)
         tell(p, e);
-    if (p.send && warp < pushers)
-        push<by_rank>(p, e, pushers, others, rows, first);
+    if (pushes)
+        push<by_rank>(p, e, first);
     if (p.recv)
         add<by_rank>(p, e);
 }

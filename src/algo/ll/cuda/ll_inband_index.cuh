@@ -8,11 +8,10 @@
 
 #include "algo/ll/cuda/ll_inband.cuh"
 
-/* In shared memory; the layout that ll_index_bytes measures. */
+/* In shared memory; the layout that ll_inband_index_bytes measures. */
 typedef struct ll_ids {
-    uint16_t *ids;    /* [ranks * tokens_max][topk] global experts, LL_NO_ID */
-    uint32_t *bits;   /* [parts][words] which (source, token) */
-    uint32_t *before; /* [parts][words] set bits of earlier words; in blocks that keep books */
+    uint16_t *ids;  /* [ranks * tokens_max][topk] global experts, LL_NO_ID */
+    uint32_t *bits; /* [parts][words] which (source, token) */
 } ll_ids_t;
 
 EPX__DEVICE ll_ids_t ids_at(const ll_dispatch_t &p)
@@ -22,7 +21,6 @@ EPX__DEVICE ll_ids_t ids_at(const ll_dispatch_t &p)
     ll_ids_t x;
     x.ids = (uint16_t *)memory;
     x.bits = (uint32_t *)(memory + (pairs * 2 + 15) / 16 * 16);
-    x.before = x.bits + p.parts * p.words;
     return x;
 }
 
@@ -46,10 +44,8 @@ EPX__DEVICE void mark_word(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t s
     const ll_common_t &l = p.l;
     uint32_t places = l.c.layout.ll.tokens_max, pairs = places * l.topk, first = w * LL_IDS_IN_WORD;
     uint32_t t = first / l.topk, k = first - t * l.topk;
-#pragma unroll
-    for (uint32_t i = 0; i < LL_IDS_IN_WORD; i++) {
-        if (first + i >= pairs)
-            break;
+#pragma unroll 1
+    for (uint32_t i = 0; i < LL_IDS_IN_WORD && first + i < pairs; i++) {
         uint32_t id = ll_unpack_id(word, i), e = local_of(l, id), u = source * places + t;
         x.ids[source * pairs + first + i] = (uint16_t)id;
         if (e != LL_NONE)
@@ -73,8 +69,9 @@ EPX__DEVICE bool read_words(const ll_dispatch_t &p, const ll_entry_t &e, const l
         if (e.from[source] != LL_NOBODY) {
             const uint64_t *at = ll_ids(l, l.c.window, e.slot, (int)source) + 2 * w;
             epx__pair_t seen = ld_relaxed_sys_pair(at);
-            if (!ll_is<true>(seen.second, e.n)) {
-                if (ll_wait_slow<true>(l, e.n, at + 1, e.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL) != LL_CAME)
+            for (uint32_t polls = 1; !ll_is<true>(seen.second, e.n); polls++) {
+                if (polls % 256 == 0 &&
+                    ll_wait_slow<true>(l, e.n, at + 1, e.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL) != LL_CAME)
                     return false;
                 seen = ld_relaxed_sys_pair(at);
             }
@@ -103,42 +100,18 @@ static __device__ bool make_ids(const ll_dispatch_t &p, const ll_entry_t &e, con
     return true;
 }
 
-/* One warp: how many rows of that part come before pair u. */
-EPX__DEVICE uint32_t place_counted(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t part, uint32_t u)
+/* How many rows of that part come before pair u: that row's position. */
+EPX__DEVICE uint32_t place_of(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t part, uint32_t u)
 {
-    uint32_t sum = 0, last = u / 32;
-    for (uint32_t w = threadIdx.x % 32; w <= last; w += 32) {
-        uint32_t bits = x.bits[part * p.words + w];
-        sum += (uint32_t)__popc(w == last ? bits & ((1u << u % 32) - 1) : bits);
+    const uint4 *bits = (const uint4 *)(x.bits + (size_t)part * p.words);
+    uint32_t sum = 0, last = u / 128, rest = u % 128;
+    for (uint32_t i = 0; i < last; i++) {
+        uint4 v = bits[i];
+        sum += (uint32_t)(__popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w));
     }
-    __syncwarp();
-    return __reduce_add_sync(ALL_LANES, sum);
-}
-
-/* The whole block: x.before; then place_known says the same as place_counted. */
-static __device__ void count_before(const ll_dispatch_t &p, const ll_ids_t &x)
-{
-    uint32_t lane = threadIdx.x % 32;
-    for (uint32_t part = threadIdx.x / 32; part < p.parts; part += LL_INBAND_WARPS) {
-        uint32_t sum = 0;
-        for (uint32_t first = 0; first < p.words; first += 32) {
-            uint32_t w = part * p.words + first + lane;
-            uint32_t n = first + lane < p.words ? (uint32_t)__popc(x.bits[w]) : 0, up = n;
-            for (int d = 1; d < 32; d *= 2) {
-                uint32_t other = __shfl_up_sync(ALL_LANES, up, d);
-                up += lane >= (uint32_t)d ? other : 0;
-            }
-            if (first + lane < p.words)
-                x.before[w] = sum + up - n;
-            sum += __shfl_sync(ALL_LANES, up, 31);
-        }
-    }
-    __syncthreads();
-}
-EPX__DEVICE uint32_t place_known(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t part, uint32_t u)
-{
-    uint32_t w = part * p.words + u / 32;
-    return x.before[w] + (uint32_t)__popc(x.bits[w] & ((1u << u % 32) - 1));
+    uint4 v = bits[last];
+    return sum + (uint32_t)(__popc(v.x & ll_bits_below(rest, 0)) + __popc(v.y & ll_bits_below(rest, 1)) +
+                            __popc(v.z & ll_bits_below(rest, 2)) + __popc(v.w & ll_bits_below(rest, 3)));
 }
 
 #endif

@@ -49,8 +49,6 @@ static __device__ void send_ids(const ll_dispatch_t &p, const ll_entry_t &e, ll_
             st_relaxed_sys_u64(&ll_weights(l, e.peer[r], e.slot, l.c.rank)[at],
                                ll_stamped(__float_as_uint(p.topk_weights[at]), e.n));
     }
-    if (threadIdx.x < ranks && e.to[threadIdx.x] != LL_NOBODY)
-        st_relaxed_sys_u64(ll_block(l, e.peer[threadIdx.x], e.slot, l.c.rank), ll_stamped(p.stamp_shape, e.n));
     if (all_bad)
         atomicAdd(&l.c.state->bad_ids, all_bad);
     if (__syncthreads_or(all_bad) && threadIdx.x == 0) /* seldom: the host's word is across PCIe */
@@ -59,11 +57,11 @@ static __device__ void send_ids(const ll_dispatch_t &p, const ll_entry_t &e, ll_
 
 /* ---- rows ---- */
 
-/* A warp's piece of a token, loaded. Lane k < topk has choice k's rank, `first` the first choice of each rank. */
+/* A warp's piece of a token, loaded. Lane k < topk has choice k. */
 typedef struct ll_piece {
     uint4 a, b;
-    uint32_t token, at, first;
-    int rank;
+    int64_t id;
+    uint32_t token, at;
 } ll_piece_t;
 
 template <bool fp8>
@@ -78,11 +76,17 @@ EPX__DEVICE ll_piece_t load_piece(const ll_dispatch_t &p, uint32_t unit, uint32_
     uint32_t e = u.at + lane * (fp8 ? 16 : 8), f = e + (fp8 ? 8 : 256);
     u.a = e < l.hidden ? ld_global_16(x + (size_t)e * 2) : make_uint4(0, 0, 0, 0);
     u.b = f < l.hidden ? ld_global_16(x + (size_t)f * 2) : make_uint4(0, 0, 0, 0);
-    int64_t id = lane < l.topk ? ll_id(l, (size_t)u.token * l.topk + lane) : -1;
-    u.rank = id < 0 ? -1 : epx__expert_rank(&l.map, id);
-    uint32_t same = __match_any_sync(ALL_LANES, u.rank);
-    u.first = __ballot_sync(ALL_LANES, u.rank >= 0 && (uint32_t)__ffs((int)same) - 1 == lane);
+    u.id = lane < l.topk ? epx__topk_id(l.topk_idx, l.bits, (size_t)u.token * l.topk + lane) : -1;
     return u;
+}
+
+/* Lane k: the rank of choice k, or -1; *first: the first lane of each rank. */
+EPX__DEVICE int ranks_of(const ll_common_t &l, const ll_piece_t &u, uint32_t *first)
+{
+    int rank = u.id < 0 || u.id >= (int64_t)l.map.experts ? -1 : epx__expert_rank(&l.map, u.id);
+    uint32_t same = __match_any_sync(ALL_LANES, rank);
+    *first = __ballot_sync(ALL_LANES, rank >= 0 && (uint32_t)__ffs((int)same) - 1 == threadIdx.x % 32);
+    return rank;
 }
 
 template <bool fp8>
@@ -91,6 +95,8 @@ EPX__DEVICE void send_piece(const ll_dispatch_t &p, const ll_entry_t &entry, con
     const ll_common_t &l = p.l;
     uint32_t lane = threadIdx.x % 32, e = u.at + lane * (fp8 ? 16 : 8), f = e + 256;
     uint4 a = u.a, scales = make_uint4(0, 0, 0, 0);
+    uint32_t first;
+    int rank = ranks_of(l, u, &first);
     if (fp8) {
         float scale;
         a = quantise16(u.a, u.b, p.round_scale || p.ue8m0, &scale);
@@ -102,8 +108,8 @@ EPX__DEVICE void send_piece(const ll_dispatch_t &p, const ll_entry_t &entry, con
     a = ll_full(a);
     uint4 b = ll_full(u.b);
     size_t row_at = epx__ll_row_at(&l.c.layout.ll, entry.slot, (uint32_t)l.c.rank, u.token);
-    for (uint32_t m = u.first; m; m &= m - 1) {
-        int r = __shfl_sync(ALL_LANES, u.rank, __ffs((int)m) - 1);
+    for (uint32_t m = first; m; m &= m - 1) {
+        int r = __shfl_sync(ALL_LANES, rank, __ffs((int)m) - 1);
         if (entry.to[r] == LL_NOBODY)
             continue;
         char *row = entry.peer[r] + row_at;
@@ -131,10 +137,11 @@ static __device__ __noinline__ void send_rows_with_flags(const ll_dispatch_t &p,
         if (warp != 0)
             continue;
         ll_piece_t u = load_piece<fp8>(p, i * pieces, pieces);
-        if ((u.first >> lane & 1) && e.to[u.rank] == LL_FLAGS)
-            st_release_sys_u64(
-                (uint64_t *)(e.peer[u.rank] + epx__ll_row_flag_at(&l.c.layout.ll, e.slot, (uint32_t)l.c.rank, u.token)),
-                e.n);
+        uint32_t first;
+        int rank = ranks_of(l, u, &first);
+        size_t flag = epx__ll_row_flag_at(&l.c.layout.ll, e.slot, (uint32_t)l.c.rank, u.token);
+        if ((first >> lane & 1) && e.to[rank] == LL_FLAGS)
+            st_release_sys_u64((uint64_t *)(e.peer[rank] + flag), e.n);
         __syncwarp();
     }
 }

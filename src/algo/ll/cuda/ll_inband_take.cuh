@@ -13,22 +13,17 @@ typedef struct ll_spread {
     uint32_t e, row, first;
 } ll_spread_t;
 
-EPX__DEVICE ll_spread_t rows_of(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t u)
+/* Rows of pair u, whose local experts are in `e`. Each lane counts for its own choice: no lane waits for another. */
+EPX__DEVICE ll_spread_t rows_of(const ll_dispatch_t &p, const ll_ids_t &x, uint32_t u, uint32_t e)
 {
     const ll_common_t &l = p.l;
-    uint32_t lane = threadIdx.x % 32;
-    ll_spread_t s = {LL_NONE, 0, 0};
-    s.e = lane < l.topk ? local_of(l, x.ids[u * l.topk + lane]) : LL_NONE;
-    uint32_t same = __match_any_sync(ALL_LANES, s.e);
-    s.first = __ballot_sync(ALL_LANES, s.e != LL_NONE && (uint32_t)__ffs((int)same) - 1 == lane);
+    ll_spread_t s = {e, 0, 0};
+    uint32_t same = __match_any_sync(ALL_LANES, e);
+    s.first = __ballot_sync(ALL_LANES, e != LL_NONE && (uint32_t)__ffs((int)same) - 1 == threadIdx.x % 32);
     if (l.ranked)
         s.first &= 0u - s.first; /* once */
-    for (uint32_t m = s.first; m; m &= m - 1) {
-        int k = __ffs((int)m) - 1;
-        uint32_t part = part_of(l, __shfl_sync(ALL_LANES, s.e, k)), row = place_counted(p, x, part, u);
-        if ((int)lane == k)
-            s.row = row;
-    }
+    if (e != LL_NONE)
+        s.row = place_of(p, x, part_of(l, e), u);
     return s;
 }
 
@@ -126,68 +121,77 @@ EPX__DEVICE void find_words(const ll_dispatch_t &p, const ll_entry_t &e, ll_pair
         w->have |= (uint32_t)j * 512 + lane * 16 < (l.hidden - at) * element ? 1u << j : 0;
 }
 
-/* All of them; or, once more, those that are not there yet. Whether any is still missing. */
+/* All of them; or, once more, those that are not there yet. Nothing here waits for what it loads. */
 template <bool again, int vectors>
-EPX__DEVICE bool look_at_words(ll_words_of<vectors> *w)
+EPX__DEVICE void load_words(ll_words_of<vectors> *w)
 {
-    bool missing = false;
 #pragma unroll
     for (int j = 0; j < vectors; j++) {
         if (!again)
             w->v[j] = make_uint4(0, 0, 0, 0);
         if ((w->have >> j & 1) && (!again || ll_empty(w->v[j])))
             w->v[j] = ld_relaxed_sys_16(w->at + j * 512);
-        missing = missing || ll_empty(w->v[j]);
     }
     if (!again)
         w->scales = make_uint4(0, 0, 0, 0);
     if (w->has_scales && (!again || ll_empty(w->scales)))
         w->scales = ld_relaxed_sys_16(w->scales_at);
-    return missing || ll_empty(w->scales);
+}
+template <int vectors>
+EPX__DEVICE bool some_missing(const ll_words_of<vectors> *w)
+{
+    bool missing = ll_empty(w->scales);
+#pragma unroll
+    for (int j = 0; j < vectors; j++)
+        missing = missing || ll_empty(w->v[j]);
+    return missing;
 }
 
-/* One warp: until all its words are there. False: stop, in all its lanes. */
+/* One warp: until all its words are there, which have been looked at once. False: stop, in all its lanes. */
 template <int vectors>
 EPX__DEVICE bool await_words(const ll_dispatch_t &p, const ll_entry_t &e, ll_pair_t from, ll_words_of<vectors> *w)
 {
-    const ll_common_t &l = p.l;
-    bool go_on = true;
-    if (e.from[from.source] == LL_FLAGS) { /* acquire: the words are there, and those of older calls are gone */
-        size_t flag = epx__ll_row_flag_at(&l.c.layout.ll, e.slot, from.source, from.token);
-        go_on = ll_wait_flag(l, e.n, (const uint64_t *)(l.c.window + flag), (int)from.source, HT_STAGE_ARRIVAL, NULL,
-                             NULL) == LL_CAME;
-    }
     uint32_t start = 0, polls = 1;
-    bool missing = look_at_words<false>(w);
+    bool go_on = true;
     while (__all_sync(ALL_LANES, go_on)) {
-        if (!__any_sync(ALL_LANES, missing))
+        if (!__any_sync(ALL_LANES, some_missing(w)))
             return true;
-        missing = look_at_words<true>(w);
-        if (++polls % 64 != 0 || !missing)
+        load_words<true>(w);
+        if (++polls % 64 != 0 || !some_missing(w))
             continue;
-        start = ll_patience(l, e.n, (int)from.source, NULL, start, polls);
+        start = ll_patience(p.l, e.n, (int)from.source, NULL, start, polls);
         go_on = start != 0;
-        missing = look_at_words<false>(w); /* all anew: nothing is kept in registers over a long wait */
+        load_words<false>(w); /* all anew: nothing is kept in registers over a long wait */
     }
     return false;
 }
 
-/* One warp: one piece of one row, to all its places. False: stop, in all its lanes. */
+/* A row comes with a flag. Acquire: its words are there, and those of older calls are gone. False: stop. */
+EPX__DEVICE bool await_flag(const ll_dispatch_t &p, const ll_entry_t &e, ll_pair_t from)
+{
+    size_t flag = epx__ll_row_flag_at(&p.l.c.layout.ll, e.slot, from.source, from.token);
+    return ll_wait_flag(p.l, e.n, (const uint64_t *)(p.l.c.window + flag), (int)from.source, HT_STAGE_ARRIVAL, NULL,
+                        NULL) == LL_CAME;
+}
+
+/* One warp: one piece of one row, from element `at` on, to all its places. False: stop, in all its lanes. */
 template <bool fp8>
-EPX__DEVICE bool take_piece(const ll_dispatch_t &p, const ll_entry_t &e, const ll_ids_t &x, ll_pair_t from,
-                            uint32_t piece)
+EPX__DEVICE bool take_piece(const ll_dispatch_t &p, const ll_entry_t &e, const ll_ids_t &x, ll_pair_t from, uint32_t at)
 {
     const ll_common_t &l = p.l;
     const int vectors = LL_TAKE_PIECE / (fp8 ? 512 : 256);
     const uint32_t element = fp8 ? 1 : 2;
-    uint32_t lane = threadIdx.x % 32, at = piece * LL_TAKE_PIECE;
+    uint32_t lane = threadIdx.x % 32, u = from.source * l.c.layout.ll.tokens_max + from.token;
     size_t all = (size_t)l.c.ranks * l.c.layout.ll.tokens_max;
-    ll_spread_t s = rows_of(p, x, from.source * l.c.layout.ll.tokens_max + from.token);
+    uint32_t local = lane < l.topk ? local_of(l, x.ids[u * l.topk + lane]) : LL_NONE;
     ll_words_of<vectors> w;
-    if (s.first == 0)
+    if (!__any_sync(ALL_LANES, local != LL_NONE))
         return true;
+    bool go_on = e.from[from.source] != LL_FLAGS || await_flag(p, e, from);
     find_words<fp8>(p, e, from, at, &w);
-    if (!await_words(p, e, from, &w))
+    load_words<false>(&w); /* on their way while positions are counted */
+    ll_spread_t s = rows_of(p, x, u, local);
+    if (!__all_sync(ALL_LANES, go_on) || !await_words(p, e, from, &w))
         return false;
     for (uint32_t m = s.first; m; m &= m - 1) {
         int k = __ffs((int)m) - 1;
@@ -207,22 +211,45 @@ EPX__DEVICE bool take_piece(const ll_dispatch_t &p, const ll_entry_t &e, const l
             ll_refill(w.scales_at);
         spread_scales(p, s, w.scales, at);
     }
-    bool good = piece != 0 || put_side(p, e, s, from.source, from.token);
+    bool good = at != 0 || put_side(p, e, s, from.source, from.token);
     return __all_sync(ALL_LANES, good) != 0;
 }
 
-template <bool fp8>
-static __device__ void take_rows(const ll_dispatch_t &p, const ll_entry_t &e, const ll_ids_t &x)
+/* A warp's part of what this block takes: pieces of rows, one by one. */
+typedef struct ll_taking {
+    uint32_t unit, units, pieces;
+    ll_pair_t from;
+    uint32_t at;
+} ll_taking_t;
+
+EPX__DEVICE void find_taken(const ll_dispatch_t &p, ll_taking_t *t)
 {
-    const ll_common_t &l = p.l;
-    uint32_t pieces = (l.hidden + LL_TAKE_PIECE - 1) / LL_TAKE_PIECE, places = l.c.layout.ll.tokens_max;
-    uint32_t ranks = (uint32_t)l.c.ranks, first = blockIdx.x - p.recv_first;
-    uint32_t units = ll_dealt(ranks * places, first, p.recv_blocks) * pieces;
-    for (uint32_t unit = threadIdx.x / 32; unit < units; unit += LL_INBAND_WARPS) {
-        uint32_t index = unit / pieces;
-        ll_pair_t from = ll_pair_taken(first + index * p.recv_blocks, (uint32_t)l.c.rank, ranks, places);
-        if (!take_piece<fp8>(p, e, x, from, unit - index * pieces))
+    uint32_t index = t->unit / t->pieces;
+    t->from = ll_pair_taken(blockIdx.x - p.recv_first + index * p.recv_blocks, (uint32_t)p.l.c.rank,
+                            (uint32_t)p.l.c.ranks, p.l.c.layout.ll.tokens_max);
+    t->at = (t->unit - index * t->pieces) * LL_TAKE_PIECE;
+}
+/* The warp's first: known before any id is. */
+EPX__DEVICE ll_taking_t first_taken(const ll_dispatch_t &p)
+{
+    uint32_t rows = (uint32_t)p.l.c.ranks * p.l.c.layout.ll.tokens_max;
+    ll_taking_t t;
+    t.unit = threadIdx.x / 32;
+    t.pieces = (p.l.hidden + LL_TAKE_PIECE - 1) / LL_TAKE_PIECE;
+    t.units = ll_dealt(rows, blockIdx.x - p.recv_first, p.recv_blocks) * t.pieces;
+    find_taken(p, &t);
+    return t;
+}
+
+template <bool fp8>
+static __device__ void take_rows(const ll_dispatch_t &p, const ll_entry_t &e, const ll_ids_t &x, ll_taking_t t)
+{
+    while (t.unit < t.units) {
+        if (!take_piece<fp8>(p, e, x, t.from, t.at))
             return;
+        t.unit += LL_INBAND_WARPS;
+        if (t.unit < t.units)
+            find_taken(p, &t);
     }
 }
 
