@@ -22,8 +22,8 @@ extern "C" {
 typedef struct epx_ll_handle epx_ll_handle_t;
 
 typedef enum epx_ll_format {
-    EPX_LL_BF16 = 0, /* the same bits; GPUs with EPX_LL_INBAND=1: but for eight NaNs 0xFFFF side by side, one of which
-                        becomes 0xFFFE */
+    EPX_LL_BF16 = 0, /* the same bits; GPUs, where EPX_LL_INBAND is not 0: but for eight NaNs 0xFFFF side by side, one
+                        of which becomes 0xFFFE */
     EPX_LL_FP8 = 1   /* e4m3, a scale per 128 elements: max(amax, 1e-4) / 448 */
 } epx_ll_format_t;
 

@@ -3,7 +3,7 @@
  * comes, and nothing in a row says of which call it is. Two ranks, one row each way a call. Memory is sequentially
  * consistent, but a kernel's stores to the peer (rows, outputs) land at any time before it ends.
  *
- *   dispatch  ll_inband_dispatch: left_behind, send_ids, send_rows, take_rows, keep_counts
+ *   dispatch  ll_inband_dispatch: send_ids, send_rows, permit_outputs (left_behind), take_rows, keep_counts (same_shape)
  *   combine   ll_inband_combine: tell, push, add
  *
  * Each call is of a kind, any sequence of kinds:
@@ -31,6 +31,7 @@
 byte kind[K + 1];
 /* Written by r, in the other's window. 0: empty. */
 byte row[2 * SLOTS], flag[2 * SLOTS], ids[2 * SLOTS], back[2 * SLOTS];
+byte may_come[2 * SLOTS]; /* the word with the shape: outputs of that call may come */
 byte taken[2 * SLOTS], flags[2 * SLOTS], combined[2 * SLOTS], left_out[2 * SLOTS];
 /* r's own: to be told by its next kernel, and its notes about the other. */
 byte my_taken[2 * SLOTS], my_combined[2 * SLOTS], spoilt[2 * SLOTS], owed[2 * SLOTS];
@@ -49,6 +50,25 @@ proctype Output(byte r, n)
 {
     back[AT(r, n)] = n;
     under_way[r]--
+}
+
+/* Outputs of an older call may come: until they have, or will not. A block of its own, which waits for a kernel of the
+ * other rank while the others send and take. */
+proctype Permit(byte r, n; bool tells)
+{
+    byte o = 1 - r;
+#ifdef T_open_first
+    if :: tells -> may_come[AT(r, n)] = n :: else fi;
+#endif
+    (combined[AT(o, n)] >= owed[AT(r, n)] || left_out[AT(o, n)] >= owed[AT(r, n)]);
+    d_step {
+#ifndef T_no_left
+        back[AT(o, n)] = 0;
+#endif
+        owed[AT(r, n)] = 0;
+        if :: tells -> may_come[AT(r, n)] = n :: else fi;
+        under_way[r]--
+    }
 }
 
 /* Number and flags are one word; that the words come one by one is ll.pml's matter. */
@@ -81,15 +101,6 @@ proctype Rank(byte r)
         asked = false;
         masked = MASKED;
         if
-        :: owed[AT(r, n)] ->
-           (combined[AT(o, n)] >= owed[AT(r, n)] || left_out[AT(o, n)] >= owed[AT(r, n)]);
-#ifndef T_no_left
-           back[AT(o, n)] = 0;
-#endif
-           owed[AT(r, n)] = 0
-        :: else
-        fi;
-        if
         :: !masked ->
            atomic { CREDIT; way = flags[AT(o, n)] }
            asked = true;
@@ -97,6 +108,12 @@ proctype Rank(byte r)
            under_way[r]++;
            run Row(r, n, way)
         :: else
+        fi;
+        if
+        :: owed[AT(r, n)] ->
+           atomic { under_way[r]++; run Permit(r, n, !masked) }
+        :: else ->
+           if :: !masked -> may_come[AT(r, n)] = n :: else fi
         fi;
         masked = masked || kind[n] == LATE; /* now rank 0 too */
 #ifdef T_taken_early
@@ -115,7 +132,10 @@ proctype Rank(byte r)
            (row[AT(o, n)] != 0);
            assert(row[AT(o, n)] == n);
 #ifndef T_no_refill
-           row[AT(o, n)] = 0
+           row[AT(o, n)] = 0;
+#endif
+#ifndef T_open_unread
+           (may_come[AT(o, n)] == n)
 #endif
         fi;
         my_taken[AT(r, n)] = n;

@@ -206,7 +206,7 @@ EPX__DEVICE void count_token(ht_sender_t &x, uint32_t token)
     if (x.lane == 0) {
         while (x.done - atomicOr(&x.b->told[warp], 0u) >= HT_TURNS)
             __nanosleep(100);
-        *(volatile uint32_t *)&x.b->token[warp][x.done % HT_TURNS] = token;
+        atomicExch(&x.b->token[warp][x.done % HT_TURNS], token);
     }
     bulk_wait_done_but_1(); /* a token of many chunks a little late */
     tell_progress(x.b, x.done++);
@@ -269,7 +269,7 @@ typedef struct ht_sent {
 EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uint32_t i)
 {
     const ht_rows_t &p = *x.p;
-    uint32_t token = *(volatile uint32_t *)&x.b->token[warp][i % HT_TURNS];
+    uint32_t token = atomicOr(&x.b->token[warp][i % HT_TURNS], 0u);
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_aim_t a = aim_at(p, token, slot);
         if (a.rank == AIM_FAR)
