@@ -118,6 +118,7 @@ typedef struct epx_ll_plan {
     /* out */
     uint64_t dispatch_bytes, combine_bytes, ids_bytes, words_bytes, window_bytes; /* window: all slots together */
     uint64_t zero_copy_bytes;                                                     /* ordinary memory, when asked for */
+    uint64_t staging_bytes; /* pinned host memory, on GPUs in several domains: the window's rows, ids and words again */
 } epx_ll_plan_t;
 EPX_API epx_status_t epx_ll_plan(epx_ll_plan_t *plan);
 

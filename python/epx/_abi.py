@@ -129,7 +129,8 @@ class LlPlan(_Sized):
     _fields_ = [("size", c_size_t), ("ranks", c_uint32), ("tokens_max", c_uint32), ("hidden", c_uint32),
                 ("topk", c_uint32), ("experts", c_uint32), ("slots", c_uint32), ("dispatch_bytes", c_uint64),
                 ("combine_bytes", c_uint64), ("ids_bytes", c_uint64), ("words_bytes", c_uint64),
-                ("window_bytes", c_uint64), ("zero_copy_bytes", c_uint64)]
+                ("window_bytes", c_uint64), ("zero_copy_bytes", c_uint64),
+                ("staging_bytes", c_uint64)]
 
 
 # C name of each structure, for the test.

@@ -2,6 +2,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "algo/ll/net.h"
 #include "api/check.h"
 #include "base/fail.h"
 
@@ -298,5 +299,6 @@ epx_status_t epx_ll_plan(epx_ll_plan_t *plan)
     plan->window_bytes = l.total_bytes;
     uint64_t local = (plan->experts + plan->ranks - 1) / plan->ranks;
     plan->zero_copy_bytes = local * plan->ranks * plan->tokens_max * plan->hidden * 2 * slots;
+    plan->staging_bytes = epx__ll_net_staging_bytes(&l);
     return EPX_OK;
 }

@@ -162,19 +162,23 @@ section_benchnet() {
     [ -n "$ofi" ] || return
     bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --no-floor --op dispatch,dispatch_cached,combine
 }
-pytests() { # NAME SECONDS TESTS...
+pytests() { # NAME SECONDS FILES TESTS...
     # Other plug-ins of pytest cost time, and may start CUDA before ranks are forked.
     export EPX_LIBRARY=$build/lib/libepx.so PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-    local name=$1 seconds=$2 limit=""
-    shift 2
+    local name=$1 seconds=$2 limit="" files="" file
+    for file in $3; do
+        files="$files $source/tests/python/$file"
+    done
+    shift 3
     python3 -c 'import pytest_timeout' 2>/dev/null && limit="-p pytest_timeout --timeout 40"
-    step "$name" "$seconds" python3 -m pytest -v -p no:cacheprovider --tb=short $limit "$source/tests/python/test_gpu.py" "$@"
+    step "$name" "$seconds" python3 -m pytest -v -p no:cacheprovider --tb=short $limit $files "$@"
 }
 section_py1() {
-    pytests one-rank 70 -k "1]"
+    pytests one-rank 70 test_gpu.py -k "1]"
 }
 section_python() {
-    pytests two-ranks 100 -k "2] or test_late or other_device"
+    pytests two-ranks 60 test_gpu.py -k "2] or test_late or other_device"
+    pytests programs 60 test_deep_ep.py -k "1] or 2] or 2-1]"
     # No torchrun: its ranks are sessions of their own, which a timeout does not end.
     export EPX_TIMEOUT_MS=10000 PYTHONPATH=$source/python MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
     step cost 60 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 --bench "$2" & p="${p:-} $!"; done

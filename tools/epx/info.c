@@ -126,6 +126,7 @@ static int show_plan(epx_ll_plan_t *plan, uint32_t domains)
                  {"words", plan->words_bytes, "arrival and credit"},
                  {"window", plan->window_bytes, "together"},
                  {"out", out_bytes(plan, domains), "ordinary memory, on its way to other domains (--domains)"},
+                 {"staging", domains > 1 ? plan->staging_bytes : 0, "pinned host memory, on GPUs with several domains"},
                  {"zero copy", plan->zero_copy_bytes, "ordinary memory, only with ll_zero_copy"}};
     printf("low latency on each of %u ranks: %u tokens a rank, hidden %u, top-%u of %u, %u slots\n", plan->ranks,
            plan->tokens_max, plan->hidden, plan->topk, plan->experts, plan->slots);
