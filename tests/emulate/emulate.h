@@ -92,6 +92,7 @@ bool emu_try_wait(uint64_t *bar, uint32_t parity);
 void emu_bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *bar);
 void emu_bulk_store(void *global, const void *shared, uint32_t bytes);
 void emu_bulk_commit(void);
+void emu_bulk_wait_read(size_t groups_left);
 void emu_bulk_wait(size_t groups_left);
 
 /* A variable in shared memory: each block's own, poisoned at first. One object for each declaration (kernels.sed). */

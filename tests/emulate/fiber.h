@@ -12,6 +12,7 @@ struct emu_copy { /* of the bulk copy engine */
     const void *from;
     uint32_t bytes;
     uint64_t *bar;
+    std::vector<char> kept; /* of a store: what it was found to hold, from when its source may change */
 };
 
 struct emu_late { /* a store that is on its way */

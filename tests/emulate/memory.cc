@@ -155,7 +155,7 @@ bool emu_try_wait(uint64_t *bar, uint32_t parity)
 void emu_bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *bar)
 {
     aligned(global, shared, bytes);
-    emu_self->block->loads.push_back({shared, global, bytes, bar});
+    emu_self->block->loads.push_back({shared, global, bytes, bar, {}});
 }
 
 void emu_bulk_store(void *global, const void *shared, uint32_t bytes)
@@ -163,7 +163,7 @@ void emu_bulk_store(void *global, const void *shared, uint32_t bytes)
     aligned(global, shared, bytes);
     if (emu_self->stores.empty())
         emu_self->stores.emplace_back();
-    emu_self->stores.back().push_back({global, shared, bytes, nullptr});
+    emu_self->stores.back().push_back({global, shared, bytes, nullptr, {}});
 }
 
 void emu_bulk_commit(void)
@@ -173,12 +173,22 @@ void emu_bulk_commit(void)
     emu_self->stores.emplace_back();
 }
 
+/* All but so many groups have been read; they are written later. */
+void emu_bulk_wait_read(size_t groups_left)
+{
+    std::vector<std::vector<emu_copy>> &s = emu_self->stores;
+    for (size_t g = 0; g + groups_left + 1 < s.size(); g++)
+        for (emu_copy &c : s[g])
+            if (c.kept.empty())
+                c.kept.assign((const char *)c.from, (const char *)c.from + c.bytes);
+}
+
 void emu_bulk_wait(size_t groups_left)
 {
     std::vector<std::vector<emu_copy>> &s = emu_self->stores;
     while (s.size() > groups_left + 1) { /* behind the closed ones is the open one */
         for (const emu_copy &c : s.front())
-            memcpy(c.to, c.from, c.bytes);
+            memcpy(c.to, c.kept.empty() ? c.from : c.kept.data(), c.bytes);
         s.erase(s.begin());
     }
 }

@@ -18,6 +18,7 @@ export EPX_EMULATE_SHARED=80000 # combine inside a domain takes no less
 run "$out/tests/emulate_graph" 10
 EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp run "$out/tests/emulate_graph" 5
 run "$out/tests/emulate_differential" "" "$percent"
+EPX_EMULATE_SMS=12 run "$out/tests/emulate_differential" "holes, own" 100
 run "$out/tests/emulate_bounds"
 run "$out/tests/emulate_fault"
 if [ -e "$out/lib/libepx_ofi.so" ]; then

@@ -238,6 +238,8 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
                 send_to(p, x, s, i, item, a, c);
             ok = ok && (p.h.slots <= 32 || send_more(p, x, s, i, item, c));
         }
+        if (!used)
+            bulk_commit(); /* a group for each token, or the newest would be one of a token before */
         if (last && x.counted && ok)
             count_token(x, item.token);
         if (then == i && loading && ok)

@@ -162,11 +162,11 @@ EPX__DEVICE void bulk_commit(void)
 }
 EPX__DEVICE void bulk_wait_read_all(void)
 {
-    emu_bulk_wait(0);
+    emu_bulk_wait_read(0);
 }
 EPX__DEVICE void bulk_wait_read_but_1(void)
 {
-    emu_bulk_wait(1);
+    emu_bulk_wait_read(1);
 }
 EPX__DEVICE void bulk_wait_done(void)
 {
