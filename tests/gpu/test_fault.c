@@ -143,6 +143,9 @@ static void body_mismatch(xt_rank_t *self)
     trip_t t;
     if (!trip_open(self, &t) || !run_all(&t, AGAIN))
         return;
+    xt_mark(self, 7); /* who fails ends halves that others are still in */
+    if (!xt_wait_mark(self, 7, self->ranks))
+        return;
     epx_status_t status = run_stage(&t, self->rank == 0 ? COMBINE : BEGIN);
     const char *words = epx_error_detail();
     XT_CHECK(self, status == EPX_E_MISMATCH || status == EPX_E_PEER, "%s: %s", epx_status_name(status), words);

@@ -211,10 +211,19 @@ EPX__DEVICE void place_rank(const ht_begin_t &p, uint64_t n, int r)
     }
 }
 
+/* Block 0. The host is told the last of its words after that: who has them all knows of rows that do not fit. */
 EPX__DEVICE void place_ranks(const ht_begin_t &p, uint64_t n)
 {
     for (int r = (int)threadIdx.x; r < p.c.ranks; r += (int)blockDim.x)
         place_rank(p, n, r);
+    __syncthreads();
+    if (threadIdx.x != 0)
+        return;
+    uint32_t failed = *(volatile uint32_t *)&p.c.state->fault, bad = __ldcg(&p.c.state->bad_ids);
+    if (failed)
+        fence_acq_rel_sys(); /* the record comes before the word */
+    p.c.host->bad_ids = bad;
+    tell_host(p, HT_HOST_BAD(p.c.ranks), bad);
 }
 
 /* ---- counts ---- */
@@ -290,6 +299,7 @@ static __device__ __noinline__ bool exchange_far(const ht_begin_t &p, uint64_t n
     __syncthreads();
     if (!rail_begin_out(p, n) || !rail_begin_heard(p, n))
         return false;
+    fence_acq_rel_sys(); /* who hears the counts below reads the inbox that is full now */
     for (int r = warp; r < c.ranks; r += warps) {
         post_total(c, n, r, t.mine[r]);
         if (ht_neighbour(c, r))
@@ -297,15 +307,18 @@ static __device__ __noinline__ bool exchange_far(const ht_begin_t &p, uint64_t n
     }
     if (!__syncthreads_and(hear_matrix(p, n, t.mine, t.first)))
         return false;
+    fence_acq_rel_sys();
     rail_begin_in(p, n);
     __syncthreads();
     rail_begin_lists(p, n);
-    place_ranks(p, n);
     for (uint32_t i = threadIdx.x; i < (uint32_t)c.ranks * (uint32_t)c.ranks; i += blockDim.x)
         tell_host(p, i, (uint32_t)p.h.matrix[i]);
     for (uint32_t i = threadIdx.x; i < (uint32_t)c.ranks; i += blockDim.x)
         tell_host(p, HT_HOST_TOKENS(c.ranks) + i, (uint32_t)p.h.tokens_of[i]);
-    return __syncthreads_and(hear_experts(p, n)) != 0;
+    if (!__syncthreads_and(hear_experts(p, n)))
+        return false;
+    place_ranks(p, n);
+    return true;
 }
 
 EPX__DEVICE bool places_far(const ht_begin_t &p, ht_block_t *b, ht_range_t share, ht_tables_t t)

@@ -163,7 +163,7 @@ EPX__DEVICE bool hear_matrix(const ht_begin_t &p, uint64_t n, const uint32_t *mi
     return ok;
 }
 
-/* Block: pairs (row, local expert) over all sources, rounded up, for the host; and ids that were none. */
+/* Block: pairs (row, local expert) over all sources, rounded up, for the host. */
 EPX__DEVICE bool hear_experts(const ht_begin_t &p, uint64_t n)
 {
     const ht_common_t &c = p.c;
@@ -178,11 +178,6 @@ EPX__DEVICE bool hear_experts(const ht_begin_t &p, uint64_t n)
             sum += rail_expert_rows(p, n, expert_of(p, c.rank, i));
         if (ok)
             tell_host(p, HT_HOST_EXPERTS(c.ranks) + i, (uint32_t)epx__align_rows((int32_t)sum, p.alignment));
-    }
-    if (thread_after(64) == 0) {
-        uint32_t bad = __ldcg(&c.state->bad_ids);
-        c.host->bad_ids = bad;
-        tell_host(p, HT_HOST_BAD(c.ranks), bad);
     }
     return ok;
 }

@@ -195,13 +195,13 @@ epx_status_t epx__ht_cuda_counts(epx__exchange_t *exchange, epx__exchange_handle
     for (uint32_t polls = 1;; polls++) {
         while (come < all && __atomic_load_n(&words[come], __ATOMIC_ACQUIRE) >> 32 == ticket)
             come++;
-        if (come == all)
-            break;
-        if (polls % 1024 != 0)
+        if (come < all && polls % 1024 != 0)
             continue;
         epx__ht_cuda_poll_fault(exchange);
         if (atomic_load(&exchange->fault.ready))
             return epx__fail((epx_status_t)atomic_load(&exchange->fault.status), "%s", exchange->fault.words);
+        if (come == all)
+            break;
         if (epx__deadline_passed(&deadline))
             return epx__exchange_fault(exchange, EPX_E_TIMEOUT,
                                        "the counts of dispatch_begin did not come in %.1f s: the stream is busy or was "

@@ -42,8 +42,8 @@ static __device__ __noinline__ void refill_outputs(const ll_common_t &l, uint32_
     size_t bytes = (size_t)layout->tokens_max * layout->topk_max * layout->row_bytes;
     for (size_t at = (size_t)threadIdx.x * 16; at < bytes; at += LL_INBAND_THREADS * 16)
         ll_refill(back + at);
-    fence_acq_rel_sys();
     __syncthreads();
+    fence_acq_rel_sys(); /* covers what the barrier has shown to its thread: whichever says next that it is done */
 }
 
 /* The whole block: outputs of this call may come. What earlier kernels, or this block, filled with the empty pattern is
