@@ -3,6 +3,7 @@
  * under 2 % of a core (all ranks together, threads of this process; the second half of each time is measured, when the
  * waits have settled).
  */
+#include "common/slowness.h"
 #include "common/world.h"
 
 #include "base/clock.h"
@@ -32,8 +33,10 @@ static void watch(xt_rank_t *self, const char *what)
     epx__sleep_ns(WATCH_MS * 1000000ull);
     double share = (cpu_seconds() - start) / ((double)(epx__now_ns() - start_ns) * 1e-9);
     printf("%d ranks, %s: %.2f %% of a core\n", self->ranks, what, 100 * share);
-    /* A sanitizer makes every look dearer. */
-    XT_CHECK(self, share < (getenv("EPX_TEST_SANITIZER") ? 0.1 : 0.02), "%s: %.2f %% of a core", what, 100 * share);
+    /* A sanitizer makes every look dearer, and so does a machine with other things in its caches. A thread that spins
+     * shows as 100 %. */
+    double most = (getenv("EPX_TEST_SANITIZER") ? 0.1 : 0.02) * slowness();
+    XT_CHECK(self, share < (most < 0.3 ? most : 0.3), "%s: %.2f %% of a core", what, 100 * share);
 }
 
 static void body(xt_rank_t *self)
