@@ -18,7 +18,6 @@
 #include <cuda_runtime.h>
 
 #include "algo/ht/cuda/counts.cuh"
-#include "algo/ht/cuda/token.cuh"
 
 #define BEGIN_THREADS 512
 #define HISTOGRAM 1024u /* experts that a block counts in shared memory */
@@ -52,17 +51,40 @@ EPX__DEVICE bool grid_barrier(const ht_common_t &c, ht_block_t *b, uint32_t nth)
     return b->stop == 0;
 }
 
+EPX__DEVICE int64_t topk_id(const ht_begin_t &p, size_t i)
+{
+    int64_t id = p.bits == 32 ? (int64_t)((const int32_t *)p.topk_idx)[i] : ((const int64_t *)p.topk_idx)[i];
+    return id >= 0 && id < (int64_t)p.map.experts ? id : (id == -1 ? -1 : -2);
+}
+
 /* ---- which tokens go where ---- */
 
-/* Lane: which of the ranks r0 .. r0 + 31 its token goes to. `counts`: its choices are counted there, if not NULL. */
+/*
+ * Lane: which of the ranks r0 .. r0 + 31 its token goes to. The loads of several ids are under way together. `counts`:
+ * the ids are counted there, if not NULL.
+ */
 EPX__DEVICE uint32_t rank_bits(const ht_begin_t &p, uint32_t token, uint32_t r0, uint32_t *counts)
 {
     uint32_t bits = 0, bad = 0, ranks = (uint32_t)p.c.ranks;
     for (uint32_t i = 0; p.topk == 0 && i < 32 && r0 + i < ranks; i++)
         bits |= (p.in_rank[(size_t)token * ranks + r0 + i] ? 1u : 0u) << i;
-    if (p.topk)
-        bits = token_bits(p.map, p.topk_idx, p.bits, token, p.topk, r0, counts, &bad);
-    if (bad)
+    for (uint32_t k0 = 0; k0 < p.topk; k0 += 8) {
+        int64_t id[8];
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++)
+            id[i] = k0 + i < p.topk ? topk_id(p, (size_t)token * p.topk + k0 + i) : -1;
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {
+            bad += id[i] == -2;
+            if (id[i] < 0)
+                continue;
+            uint32_t rank = (uint32_t)epx__expert_rank(&p.map, id[i]) - r0;
+            bits |= rank < 32 ? 1u << rank : 0;
+            if (counts)
+                atomicAdd(&counts[id[i]], 1u);
+        }
+    }
+    if (bad && counts)
         atomicAdd(&p.c.state->bad_ids, bad);
     return bits;
 }

@@ -108,15 +108,12 @@ epx_status_t epx__ht_cuda_layout(epx__exchange_t *exchange, const epx_layout_t *
                      .tokens = layout->tokens,
                      .topk = layout->topk,
                      .ranks = (uint32_t)exchange->topology->ranks,
-                     .domains = (uint32_t)exchange->topology->domains,
                      .tokens_per_rank = layout->tokens_per_rank,
                      .tokens_per_domain = layout->tokens_per_domain,
                      .tokens_per_expert = layout->tokens_per_expert,
                      .in_rank = layout->in_rank};
     EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
     cudaError_t error = cudaSuccess;
-    if (p.tokens <= HT_LAYOUT_TOKENS && layout->experts <= HT_LAYOUT_EXPERTS && p.ranks <= HT_LAYOUT_RANKS)
-        return epx__ht_cuda_close(&s, epx__ht_launch_layout(&p, true, stream), "epx_layout");
     if (p.tokens_per_rank)
         error = cudaMemsetAsync(p.tokens_per_rank, 0, 4ull * p.ranks, s.stream);
     if (error == cudaSuccess && p.tokens_per_domain)
@@ -124,7 +121,7 @@ epx_status_t epx__ht_cuda_layout(epx__exchange_t *exchange, const epx_layout_t *
     if (error == cudaSuccess && p.tokens_per_expert)
         error = cudaMemsetAsync(p.tokens_per_expert, 0, 4ull * layout->experts, s.stream);
     if (error == cudaSuccess)
-        error = (cudaError_t)epx__ht_launch_layout(&p, false, stream);
+        error = (cudaError_t)epx__ht_launch_layout(&p, stream);
     return epx__ht_cuda_close(&s, (int)error, "epx_layout");
 }
 

@@ -251,7 +251,7 @@ typedef struct ht_layout {
     const int32_t *domain_of; /* device, [ranks] */
     const void *topk_idx;
     int bits;
-    uint32_t tokens, topk, ranks, domains;
+    uint32_t tokens, topk, ranks;
     int32_t *tokens_per_rank, *tokens_per_domain, *tokens_per_expert;
     uint8_t *in_rank;
 } ht_layout_t;
@@ -262,13 +262,7 @@ int epx__ht_launch_rows(const ht_rows_t *p, uint32_t blocks, void *stream);
 int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, void *stream);
 int epx__ht_launch_barrier(const ht_common_t *c, void *stream);
 int epx__ht_launch_check(const ht_check_t *p, void *stream);
-/* `block`: one block does it, within these limits, and overwrites; else the counts are added to what is there. */
-#ifndef HT_LAYOUT_TOKENS /* fewer in the emulation, whose tests are small */
-#define HT_LAYOUT_TOKENS 8192u
-#endif
-#define HT_LAYOUT_EXPERTS 1024u
-#define HT_LAYOUT_RANKS 32u
-int epx__ht_launch_layout(const ht_layout_t *p, bool block, void *stream);
+int epx__ht_launch_layout(const ht_layout_t *p, void *stream);
 /* Load every kernel now, on the current device, allow it `shared_bytes` of shared memory, and launch it with nothing to
  * do. */
 int epx__ht_load_begin(void *stream);

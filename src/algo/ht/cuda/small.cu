@@ -2,7 +2,6 @@
 #include <cuda_runtime.h>
 
 #include "algo/ht/cuda/rail_begin.cuh"
-#include "algo/ht/cuda/token.cuh"
 
 __global__ void __launch_bounds__(256) ht_barrier_kernel(const __grid_constant__ ht_common_t c)
 {
@@ -101,51 +100,6 @@ __global__ void __launch_bounds__(256) ht_layout_kernel(const __grid_constant__ 
     }
 }
 
-/* Lane i: how many lanes have bit i. */
-EPX__DEVICE uint32_t lanes_with(uint32_t bits, uint32_t count)
-{
-    uint32_t mine = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        uint32_t lanes = __ballot_sync(0xffffffffu, bits >> i & 1);
-        mine = threadIdx.x % 32 == i ? (uint32_t)__popc(lanes) : mine;
-    }
-    return mine;
-}
-
-/* Few tokens: one launch, where several blocks would need three more to have zeros to add to. */
-__global__ void __launch_bounds__(1024) ht_layout_block_kernel(const __grid_constant__ ht_layout_t p)
-{
-    __shared__ uint32_t experts[HT_LAYOUT_EXPERTS];
-    __shared__ uint32_t ranks[HT_LAYOUT_RANKS];
-    __shared__ uint32_t domains[HT_LAYOUT_RANKS];
-    uint32_t lane = threadIdx.x % 32;
-    for (uint32_t e = threadIdx.x; e < HT_LAYOUT_EXPERTS; e += blockDim.x)
-        experts[e] = 0;
-    if (threadIdx.x < HT_LAYOUT_RANKS)
-        ranks[threadIdx.x] = domains[threadIdx.x] = 0;
-    __syncthreads();
-    for (uint32_t t = threadIdx.x; t - lane < p.tokens; t += blockDim.x) {
-        uint32_t bits = 0, far = 0, bad = 0;
-        if (t < p.tokens)
-            bits = token_bits(p.map, p.topk_idx, p.bits, t, p.topk, 0, experts, &bad);
-        for (uint32_t r = 0; p.in_rank && t < p.tokens && r < p.ranks; r++)
-            p.in_rank[(size_t)t * p.ranks + r] = (uint8_t)(bits >> r & 1);
-        for (uint32_t left = p.tokens_per_domain ? bits : 0; left; left &= left - 1)
-            far |= 1u << p.domain_of[__ffs((int)left) - 1];
-        __syncwarp();
-        atomicAdd(&ranks[lane], lanes_with(bits, p.ranks));
-        if (p.tokens_per_domain)
-            atomicAdd(&domains[lane], lanes_with(far, p.domains));
-    }
-    __syncthreads();
-    for (uint32_t e = threadIdx.x; p.tokens_per_expert && e < p.map.experts; e += blockDim.x)
-        p.tokens_per_expert[e] = (int32_t)experts[e];
-    if (p.tokens_per_rank && threadIdx.x < p.ranks)
-        p.tokens_per_rank[threadIdx.x] = (int32_t)ranks[threadIdx.x];
-    if (p.tokens_per_domain && threadIdx.x < p.domains)
-        p.tokens_per_domain[threadIdx.x] = (int32_t)domains[threadIdx.x];
-}
-
 extern "C" int epx__ht_launch_barrier(const ht_common_t *c, void *stream)
 {
     ht_barrier_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(*c);
@@ -156,12 +110,8 @@ extern "C" int epx__ht_launch_check(const ht_check_t *p, void *stream)
     ht_check_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(*p);
     return (int)cudaGetLastError();
 }
-extern "C" int epx__ht_launch_layout(const ht_layout_t *p, bool block, void *stream)
+extern "C" int epx__ht_launch_layout(const ht_layout_t *p, void *stream)
 {
-    if (block) {
-        ht_layout_block_kernel<<<1, 1024, 0, (cudaStream_t)stream>>>(*p);
-        return (int)cudaGetLastError();
-    }
     if (p->tokens == 0)
         return 0;
     uint32_t blocks = (p->tokens + 255) / 256;
@@ -177,6 +127,5 @@ extern "C" int epx__ht_load_small(void *stream)
     ht_barrier_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(check.c);
     ht_check_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(check);
     ht_layout_kernel<<<1, 256, 0, (cudaStream_t)stream>>>(layout);
-    ht_layout_block_kernel<<<1, 1024, 0, (cudaStream_t)stream>>>(layout);
     return (int)cudaGetLastError();
 }
