@@ -161,6 +161,18 @@ EPX__DEVICE void rail_moved(rail_idle_t *idle)
     idle->gone = 0;
 }
 
+/* The whole block, after a round in which something moved or nothing did: the latter as rail_patience. */
+EPX__DEVICE bool rail_go_on(const ht_common_t &c, uint64_t n, bool moved, rail_idle_t *idle, int d, int peer,
+                            uint32_t stage)
+{
+    int ok = 1;
+    if (moved)
+        rail_moved(idle);
+    else if (threadIdx.x == 0)
+        ok = rail_patience(c, n, idle, d, peer, stage);
+    return __syncthreads_and(ok) != 0;
+}
+
 /* One thread: a push that failed ends the half. */
 EPX__DEVICE bool rail_pushed(const ht_common_t &c, uint64_t n, int d, epx_status_t status)
 {

@@ -188,12 +188,7 @@ EPX__DEVICE bool stage_block(const ht_rail_combine_t &p, ht_block_t *b, uint32_t
         }
         if (!left)
             return true;
-        int ok = 1;
-        if (moved)
-            rail_moved(&idle);
-        else if (threadIdx.x == 0)
-            ok = rail_patience(p.c, b->n, &idle, -1, waiting, HT_STAGE_CREDIT);
-        if (!__syncthreads_and(ok))
+        if (!rail_go_on(p.c, b->n, moved, &idle, -1, waiting, HT_STAGE_CREDIT))
             return false;
     }
 }

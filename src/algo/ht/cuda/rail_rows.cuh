@@ -103,12 +103,8 @@ EPX__DEVICE bool rail_send_block(const ht_rows_t &p, ht_block_t *b, uint32_t blo
         }
         if (!left)
             return true;
-        int ok = 1;
-        if (moved)
-            rail_moved(&idle);
-        else if (threadIdx.x == 0)
-            ok = rail_patience(p.c, b->n, &idle, waiting, rail_channel(r, waiting, 0)->peer, HT_STAGE_ROOM);
-        if (!__syncthreads_and(ok))
+        int peer = moved ? -1 : rail_channel(r, waiting, 0)->peer;
+        if (!rail_go_on(p.c, b->n, moved, &idle, waiting, peer, HT_STAGE_ROOM))
             return false;
     }
 }
@@ -217,12 +213,7 @@ EPX__DEVICE bool rail_pull_block(const ht_rows_t &p, ht_block_t *b, uint32_t han
         }
         if (!left)
             return true;
-        int ok = 1;
-        if (moved)
-            rail_moved(&idle);
-        else if (threadIdx.x == 0)
-            ok = rail_patience(p.c, b->n, &idle, -1, waiting, HT_STAGE_COME);
-        if (!__syncthreads_and(ok))
+        if (!rail_go_on(p.c, b->n, moved, &idle, -1, waiting, HT_STAGE_COME))
             return false;
     }
 }

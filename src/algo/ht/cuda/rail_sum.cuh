@@ -170,12 +170,8 @@ EPX__DEVICE bool rail_block(const ht_rail_combine_t &p, ht_block_t *b, ht_lender
         }
         if (!left)
             return true;
-        int ok = 1;
-        if (moved)
-            rail_moved(&idle);
-        else if (threadIdx.x == 0)
-            ok = rail_patience(p.c, b->n, &idle, waiting, rail_channel(r, waiting, 0)->peer, HT_STAGE_ROOM);
-        if (!__syncthreads_and(ok))
+        int peer = moved ? -1 : rail_channel(r, waiting, 0)->peer;
+        if (!rail_go_on(p.c, b->n, moved, &idle, waiting, peer, HT_STAGE_ROOM))
             return false;
     }
 }
