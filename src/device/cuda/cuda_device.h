@@ -43,4 +43,12 @@ void epx__cuda_leave(int ordinal, int before);
 
 extern const epx__device_ops_t epx__device_cuda;
 
+/* Windows (windows.c), as device.h says of them. */
+epx_status_t epx__cuda_window_alloc(epx__device_t *device, size_t bytes, epx__window_t *window);
+void epx__cuda_window_free(epx__device_t *device, epx__window_t *window);
+epx_status_t epx__cuda_window_export(epx__device_t *device, const epx__window_t *window, epx__export_t *export_);
+epx_status_t epx__cuda_window_map(epx__device_t *device, const epx__export_t *export_, int fd, void **mapped);
+void epx__cuda_window_unmap(epx__device_t *device, const epx__export_t *export_, void *mapped);
+epx_status_t epx__cuda_window_attach(epx__device_t *device, const epx__export_t *export_, void **mapped);
+
 #endif
