@@ -1,7 +1,9 @@
 /* The table of environment variables, and the one place that reads them. */
 #include "base/env.h"
 
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/fail.h"
 
@@ -62,4 +64,25 @@ epx_status_t epx__env_u64(epx__env_t variable, uint64_t low, uint64_t high, uint
                          text, (unsigned long long)low, (unsigned long long)high);
     *out = value;
     return EPX_OK;
+}
+
+epx_status_t epx__env_choice(epx__env_t variable, const char *const *words, int *out)
+{
+    const char *text = epx__env_text(variable);
+    char right[96] = "";
+    size_t at = 0;
+    for (int i = 0; words[i]; i++) {
+        if (text && !strcmp(text, words[i])) {
+            *out = i;
+            return EPX_OK;
+        }
+        if (at < sizeof right)
+            at += (size_t)snprintf(right + at, sizeof right - at, "%s%s",
+                                   !i             ? ""
+                                   : words[i + 1] ? ", "
+                                                  : " or ",
+                                   words[i]);
+    }
+    const epx__env_info_t *info = epx__env_info(variable);
+    return epx__fail(EPX_E_INVALID, "%s is \"%.64s\"; it must be %s", info ? info->name : "?", text ? text : "", right);
 }

@@ -28,6 +28,7 @@
     X(NIC, "", "network interface or device to use, by name; default: the nearest, in turns")                          \
     X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                      \
     X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")                                        \
+    X(CUDA_HANDLES, "auto", "CUDA: windows reach other processes by fd, fabric, or auto: fabric between hosts only")   \
     X(LL_INBAND, "auto", "CUDA, low latency: rows are their own arrival signal: auto (where possible), 0 or 1")
 
 typedef enum epx__env {
@@ -47,5 +48,8 @@ const char *epx__env_text(epx__env_t variable);  /* as set, else the default, el
 
 /* As a number in [low, high]: the value, else the default, else `fallback`. EPX_E_INVALID in words when it is none. */
 epx_status_t epx__env_u64(epx__env_t variable, uint64_t low, uint64_t high, uint64_t fallback, uint64_t *out);
+
+/* As one of `words` (NULL at the end): its place among them. EPX_E_INVALID in words when it is none. */
+epx_status_t epx__env_choice(epx__env_t variable, const char *const *words, int *out);
 
 #endif

@@ -11,16 +11,30 @@
 
 #include <epx/epx.h>
 
+typedef enum epx__blob_kind {
+    EPX__BLOB_NONE,
+    EPX__BLOB_FABRIC, /* CUmemFabricHandle: for every GPU that the NVLink fabric and an IMEX channel reach */
+} epx__blob_kind_t;
+
+/* How windows go to other processes. */
+typedef enum epx__handles {
+    EPX__HANDLES_AUTO,   /* by descriptor on one host, by the backend's handle between hosts */
+    EPX__HANDLES_FD,     /* by descriptor, and so on one host only */
+    EPX__HANDLES_FABRIC, /* by the backend's handle, on one host too: how one host tests it */
+} epx__handles_t;
+
 /* What a peer needs to map a window, with a file descriptor where there is one. Plain bytes: it travels. */
 typedef struct epx__export {
     uint64_t host;    /* hash of the boot id: equal on one kernel */
     uint64_t process; /* random number of the process */
     uint64_t pointer; /* base in the exporter's address space: a peer in the same process uses it as it is */
     uint64_t bytes;
-    uint64_t key;      /* what to ask the exporter's fd server for; 0 when there is no descriptor */
-    char socket[64];   /* its abstract UNIX name, without the leading 0 byte */
-    uint8_t token[16]; /* without which it answers nobody */
-    uint8_t blob[64];  /* the backend's own (a fabric handle, say); blob[0] 0: none */
+    uint64_t key;         /* what to ask the exporter's fd server for; 0 when there is no descriptor */
+    char socket[64];      /* its abstract UNIX name, without the leading 0 byte */
+    uint8_t token[16];    /* without which it answers nobody */
+    uint8_t blob[64];     /* an opaque handle of the backend's: any bytes, zeros too */
+    uint32_t blob_kind;   /* what blob is (epx__blob_kind_t) */
+    int32_t blob_refused; /* why there is none, in the backend's own numbers; 0: it never makes any */
 } epx__export_t;
 
 typedef struct epx__window {
@@ -63,6 +77,8 @@ typedef struct epx__device_ops {
 struct epx__device {
     const epx__device_ops_t *ops;
     int ordinal;
+    epx__handles_t handles;  /* chosen when it is opened; AUTO where there are descriptors alone */
+    const char *windows_why; /* for epx info: how its windows go to other processes; NULL: nothing to say. Its own */
 };
 
 extern const epx__device_ops_t epx__device_cpu;
@@ -90,7 +106,8 @@ epx_status_t epx__window_create(epx__device_t *device, epx__fdserver_t *server, 
 void epx__window_destroy(epx__device_t *device, epx__fdserver_t *server, epx__window_t *window,
                          const epx__export_t *export_);
 /* Map a peer's window: by pointer inside one process, by descriptor on one host, by blob elsewhere where the backend
- * can. EPX_E_UNSUPPORTED with the reason when the peer's memory is out of reach: then it is in another domain. */
+ * can, and where device->handles says so. EPX_E_UNSUPPORTED with the reason when the peer's memory is out of reach:
+ * then it is in another domain. */
 epx_status_t epx__window_import(epx__device_t *device, const epx__export_t *export_, uint64_t timeout_ms,
                                 void **mapped);
 void epx__window_unimport(epx__device_t *device, const epx__export_t *export_, void *mapped);

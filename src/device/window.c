@@ -1,6 +1,6 @@
 /*
  * Windows and their imports, for any device: the device knows memory, the fd server passes descriptors, and here is
- * decided which way leads to a peer's window.
+ * decided which way leads to a peer's window: its pointer, its descriptor, or the backend's own handle (blob).
  */
 #include "device/device.h"
 
@@ -128,6 +128,20 @@ static epx_status_t import_by_descriptor(epx__device_t *device, const epx__expor
     return status;
 }
 
+/* What no descriptor leads to. The call into the driver is not ours to bound; a rank that it keeps is late for what the
+ * others wait for next, with a deadline. */
+static epx_status_t import_by_blob(epx__device_t *device, const epx__export_t *export_, bool same_host, void **mapped)
+{
+    if (export_->blob_kind == EPX__BLOB_NONE && export_->blob_refused == 0)
+        return epx__fail(EPX_E_UNSUPPORTED,
+                         same_host ? "the peer's window has neither a descriptor nor a handle to map it by"
+                                   : "the peer's window is on another host and its backend maps only its own host's");
+    if (device->handles == EPX__HANDLES_FD)
+        return epx__fail(EPX_E_UNSUPPORTED, "the peer's window is out of reach of descriptors, and EPX_CUDA_HANDLES=fd "
+                                            "allows no other way");
+    return device->ops->window_map(device, export_, -1, mapped);
+}
+
 epx_status_t epx__window_import(epx__device_t *device, const epx__export_t *export_, uint64_t timeout_ms, void **mapped)
 {
     bool same_host = export_->host == epx__host_id();
@@ -140,16 +154,13 @@ epx_status_t epx__window_import(epx__device_t *device, const epx__export_t *expo
             shared_release(device, base, false);
         return status;
     }
-    if (same_host && export_->key != 0) {
+    if (same_host && export_->key != 0 && device->handles != EPX__HANDLES_FABRIC) {
         epx_status_t status = import_by_descriptor(device, export_, timeout_ms, mapped);
-        if (status != EPX_E_UNSUPPORTED || export_->blob[0] == 0)
+        /* A handle may lead out of a network namespace, which the exporter's socket does not. */
+        if (status != EPX_E_UNSUPPORTED || export_->blob_kind == EPX__BLOB_NONE || device->handles == EPX__HANDLES_FD)
             return status;
     }
-    if (export_->blob[0] != 0)
-        return device->ops->window_map(device, export_, -1, mapped);
-    return epx__fail(EPX_E_UNSUPPORTED,
-                     same_host ? "the peer's window has neither a descriptor nor a handle to map it by"
-                               : "the peer's window is on another host and this backend maps only its own host's");
+    return import_by_blob(device, export_, same_host, mapped);
 }
 
 void epx__window_unimport(epx__device_t *device, const epx__export_t *export_, void *mapped)

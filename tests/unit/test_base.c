@@ -139,6 +139,28 @@ static void environment(void)
     CHECK(!epx__env_info(EPX__ENV_COUNT) && !epx__env_value(EPX__ENV_COUNT) && !epx__env_text(EPX__ENV_COUNT));
 }
 
+static void choices(void)
+{
+    static const char *const words[] = {"auto", "fd", "fabric", NULL};
+    static const struct {
+        const char *text;
+        int place; /* -1: refused */
+    } cases[] = {{"", 0}, {"auto", 0}, {"fd", 1}, {"fabric", 2}, {"Fabric", -1}, {"fd ", -1}, {"f", -1}, {"fdd", -1}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int place = 77, want = cases[i].place;
+        setenv("EPX_CUDA_HANDLES", cases[i].text, 1);
+        epx_status_t status = epx__env_choice(EPX__ENV_CUDA_HANDLES, words, &place);
+        CHECK((status == EPX_OK) == (want >= 0) && place == (want < 0 ? 77 : want), "\"%s\" is %d", cases[i].text,
+              place);
+        CHECK(want >= 0 || (strstr(epx__detail(), "EPX_CUDA_HANDLES is \"") && strstr(epx__detail(), cases[i].text) &&
+                            strstr(epx__detail(), "auto, fd or fabric")),
+              "%s", epx__detail());
+    }
+    unsetenv("EPX_CUDA_HANDLES");
+    int place = 77;
+    CHECK(epx__env_choice(EPX__ENV_CUDA_HANDLES, words, &place) == EPX_OK && place == 0, "unset is %d", place);
+}
+
 /* ---- the arena against an array that says for each unit who has it -------------------------------- */
 
 enum { UNITS = 200, ALIGN = 64, PIECES = 40 };
@@ -272,6 +294,7 @@ int main(void)
     clock_and_deadlines();
     allocations();
     environment();
+    choices();
     for (unsigned seed = 1; seed <= 8; seed++)
         arena_against_model(seed);
     arena_edges();

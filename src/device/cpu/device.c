@@ -116,7 +116,7 @@ static epx_status_t cpu_window_export(epx__device_t *device, const epx__window_t
 {
     (void)device;
     (void)window;
-    memset(export_->blob, 0, sizeof export_->blob); /* the descriptor is all there is */
+    export_->blob_kind = EPX__BLOB_NONE; /* the descriptor is all there is */
     return EPX_OK;
 }
 

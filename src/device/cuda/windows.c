@@ -191,7 +191,7 @@ epx_status_t epx__cuda_window_export(epx__device_t *device, const epx__window_t 
 {
     (void)device;
     (void)window;
-    memset(export_->blob, 0, sizeof export_->blob);
+    export_->blob_kind = EPX__BLOB_NONE;
     return EPX_OK;
 }
 
