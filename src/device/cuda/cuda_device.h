@@ -28,6 +28,8 @@ typedef struct epx__cuda_device {
     int sms, major, minor;
     int shared_max;      /* bytes a block may ask for */
     cudaStream_t stream; /* for set-up copies; never waits for the caller's streams */
+    int32_t refused;     /* why its windows have no fabric handles; 0: they have, so far */
+    char windows_why[224];
 } epx__cuda_device_t;
 
 /* NULL, in words, when there is no driver, it is too old, or no GPU. The answer is kept. */
@@ -42,6 +44,22 @@ epx_status_t epx__cuda_enter(int ordinal, int *before);
 void epx__cuda_leave(int ordinal, int before);
 
 extern const epx__device_ops_t epx__device_cuda;
+
+/* Physical memory of a GPU, under a handle of this process. */
+typedef struct epx__cuda_memory {
+    CUmemGenericAllocationHandle handle;
+    size_t bytes;    /* as the driver deals it out */
+    int32_t refused; /* why it has no fabric handle; 0: it has one */
+} epx__cuda_memory_t;
+
+/* Handles to other processes (fabric.c): what this GPU has of them, and the words in base.windows_why. */
+void epx__cuda_fabric_look(epx__cuda_device_t *d, epx__handles_t handles);
+/* At least `bytes`, to be exported as a descriptor, and as a fabric handle if the driver lets it. */
+epx_status_t epx__cuda_memory_create(epx__cuda_device_t *d, size_t bytes, epx__cuda_memory_t *memory);
+/* Fill the blob, or say there why not. */
+void epx__cuda_fabric_export(epx__cuda_device_t *d, epx__cuda_memory_t *memory, epx__export_t *export_);
+/* The caller releases the handle. EPX_E_UNSUPPORTED in words: there is none, or not for this process. */
+epx_status_t epx__cuda_fabric_import(const epx__export_t *export_, CUmemGenericAllocationHandle *handle);
 
 /* Windows (windows.c), as device.h says of them. */
 epx_status_t epx__cuda_window_alloc(epx__device_t *device, size_t bytes, epx__window_t *window);

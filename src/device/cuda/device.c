@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include "base/alloc.h"
+#include "base/env.h"
 #include "base/fail.h"
 #include "device/cuda/cuda_device.h"
 
@@ -58,8 +59,10 @@ static epx_status_t open_on(epx__cuda_device_t *d)
 /* Negative: no wish; -1 - i is the i-th rank of this host, which takes GPU i modulo their number. */
 static epx_status_t device_open(int ordinal, epx__device_t **device)
 {
+    static const char *const ways[] = {"auto", "fd", "fabric", NULL}; /* as epx__handles_t has them */
     const char *why;
-    int devices = 0;
+    int devices = 0, handles = EPX__HANDLES_AUTO;
+    EPX__TRY(epx__env_choice(EPX__ENV_CUDA_HANDLES, ways, &handles));
     if (!epx__cuda_driver(&why))
         return epx__fail(EPX_E_UNSUPPORTED, "%s", why);
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -77,6 +80,7 @@ static epx_status_t device_open(int ordinal, epx__device_t **device)
         epx__free(d);
         return status;
     }
+    epx__cuda_fabric_look(d, (epx__handles_t)handles);
     *device = &d->base;
     return EPX_OK;
 }

@@ -5,8 +5,7 @@
  * maps it at an address of its own and gives its own GPU access. Inside one process the exporter's mapping serves all
  * ranks: an importer only adds its GPU to those that may access it.
  *
- * Across hosts a fabric handle would travel in epx__export_t.blob, for GPUs of one NVLink domain that spans them. The
- * seam is there (window_map with fd -1); it is not built: no such machine could be tried.
+ * What it may be exported as, and fabric handles, are in fabric.c.
  */
 #include <pthread.h>
 #include <string.h>
@@ -19,7 +18,7 @@
 /* What a window keeps beside its address. All of this process are in a list. */
 typedef struct backing {
     struct backing *next;
-    CUmemGenericAllocationHandle handle;
+    epx__cuda_memory_t memory;
     CUdeviceptr base;
     int ordinal;
     uint64_t access; /* bit d: GPU d may use it */
@@ -31,20 +30,6 @@ static backing_t *backings;
 static const epx__cuda_driver_t *driver(void)
 {
     return epx__cuda_driver(NULL);
-}
-
-static CUmemAllocationProp properties(int ordinal)
-{
-    CUmemAllocationProp p;
-    memset(&p, 0, sizeof p);
-    p.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    p.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-    p.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-    p.location.id = ordinal;
-    int rdma = 0; /* so that a network may register it */
-    driver()->device_attribute(&rdma, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED, ordinal);
-    p.allocFlags.gpuDirectRDMACapable = rdma ? 1 : 0;
-    return p;
 }
 
 static CUresult give_access(CUdeviceptr base, size_t bytes, int ordinal)
@@ -93,41 +78,30 @@ static epx_status_t zero(epx__cuda_device_t *d, CUdeviceptr base, size_t bytes)
 
 static epx_status_t alloc_on(epx__cuda_device_t *d, size_t bytes, backing_t *backing, epx__window_t *window)
 {
-    CUmemAllocationProp p = properties(d->base.ordinal);
-    size_t grain = 0;
+    epx__cuda_memory_t *memory = &backing->memory;
     CUdeviceptr base = 0;
     int fd = -1;
-    CUresult result = driver()->mem_granularity(&grain, &p, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
-    if (result != CUDA_SUCCESS || grain == 0)
-        return epx__cuda_driver_fail(result, "asking for the granularity of GPU memory");
-    size_t rounded = (bytes + grain - 1) / grain * grain;
-    result = driver()->mem_create(&backing->handle, rounded, &p, 0);
-    if (result != CUDA_SUCCESS && p.allocFlags.gpuDirectRDMACapable) {
-        p.allocFlags.gpuDirectRDMACapable = 0;
-        result = driver()->mem_create(&backing->handle, rounded, &p, 0);
-    }
-    if (result != CUDA_SUCCESS)
-        return epx__cuda_driver_fail(result, "GPU memory for a window (lease_bytes and reserve_bytes say how much)");
+    EPX__TRY(epx__cuda_memory_create(d, bytes, memory));
     epx_status_t status = EPX_OK;
-    result = map_handle(backing->handle, rounded, d->base.ordinal, &base);
+    CUresult result = map_handle(memory->handle, memory->bytes, d->base.ordinal, &base);
     if (result != CUDA_SUCCESS)
         status = epx__cuda_driver_fail(result, "mapping a window");
     if (status == EPX_OK) {
-        result = driver()->mem_export(&fd, backing->handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+        result = driver()->mem_export(&fd, memory->handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
         if (result != CUDA_SUCCESS)
             status = epx__cuda_driver_fail(result, "a descriptor for a window");
     }
     if (status == EPX_OK)
-        status = zero(d, base, rounded);
+        status = zero(d, base, memory->bytes);
     if (status != EPX_OK) {
         if (fd >= 0)
             close(fd);
         if (base)
-            unmap_handle(base, rounded);
-        driver()->mem_release(backing->handle);
+            unmap_handle(base, memory->bytes);
+        driver()->mem_release(memory->handle);
         return status;
     }
-    *window = (epx__window_t){.base = (void *)base, .bytes = rounded, .fd = fd, .backend = backing};
+    *window = (epx__window_t){.base = (void *)base, .bytes = memory->bytes, .fd = fd, .backend = backing};
     return EPX_OK;
 }
 
@@ -179,7 +153,7 @@ void epx__cuda_window_free(epx__device_t *device, epx__window_t *window)
         return;
     forget(backing);
     unmap_handle((CUdeviceptr)window->base, window->bytes);
-    driver()->mem_release(backing->handle);
+    driver()->mem_release(backing->memory.handle);
     epx__cuda_leave(backing->ordinal, before);
     if (window->fd >= 0)
         close(window->fd);
@@ -189,9 +163,11 @@ void epx__cuda_window_free(epx__device_t *device, epx__window_t *window)
 
 epx_status_t epx__cuda_window_export(epx__device_t *device, const epx__window_t *window, epx__export_t *export_)
 {
-    (void)device;
-    (void)window;
-    export_->blob_kind = EPX__BLOB_NONE;
+    backing_t *backing = window->backend;
+    int before;
+    EPX__TRY(epx__cuda_enter(device->ordinal, &before));
+    epx__cuda_fabric_export((epx__cuda_device_t *)device, &backing->memory, export_);
+    epx__cuda_leave(device->ordinal, before);
     return EPX_OK;
 }
 
@@ -204,21 +180,21 @@ static epx_status_t out_of_reach(CUresult result, int ordinal)
                      text ? text : "refused");
 }
 
+static epx_status_t import_descriptor(int fd, CUmemGenericAllocationHandle *handle)
+{
+    CUresult result = driver()->mem_import(handle, (void *)(intptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    return result == CUDA_SUCCESS ? EPX_OK : epx__cuda_driver_fail(result, "importing a peer's window");
+}
+
 epx_status_t epx__cuda_window_map(epx__device_t *device, const epx__export_t *export_, int fd, void **mapped)
 {
     int before;
-    if (fd < 0)
-        return epx__fail(EPX_E_UNSUPPORTED,
-                         "a GPU window on another host needs a fabric handle, which this build does not make");
     EPX__TRY(epx__cuda_enter(device->ordinal, &before));
     CUmemGenericAllocationHandle handle = 0;
     CUdeviceptr base = 0;
-    epx_status_t status = EPX_OK;
-    CUresult result = driver()->mem_import(&handle, (void *)(intptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    if (result != CUDA_SUCCESS)
-        status = epx__cuda_driver_fail(result, "importing a peer's window");
+    epx_status_t status = fd >= 0 ? import_descriptor(fd, &handle) : epx__cuda_fabric_import(export_, &handle);
     if (status == EPX_OK) {
-        result = map_handle(handle, (size_t)export_->bytes, device->ordinal, &base);
+        CUresult result = map_handle(handle, (size_t)export_->bytes, device->ordinal, &base);
         if (result != CUDA_SUCCESS)
             status = out_of_reach(result, device->ordinal);
         driver()->mem_release(handle); /* the mapping holds it */
