@@ -17,13 +17,6 @@
 
 #define WORDS 256
 
-/* What every rank says about itself once the device is open. */
-typedef struct hello {
-    epx__export_t trial; /* of the trial window */
-    uint64_t host;
-    int32_t backend, cores;
-} hello_t;
-
 struct epx__verdict {
     int32_t status;
     char words[WORDS];
@@ -148,164 +141,12 @@ static epx_status_t choose_threads(epx_group_t *group, int wanted, int cores)
     return EPX_OK;
 }
 
-/* ---- domains, found by trying ---- */
-
-static uint64_t trial_word(int from, int to)
-{
-    return 0x7e57000000000000ull + ((uint64_t)from << 24) + (uint64_t)to + 1;
-}
-
-/* Map every peer's trial window and leave a word in it. Unreachable is no error: it is another domain. A lack of memory
- * or descriptors here says nothing about reach. */
-static epx_status_t trial_write(epx_group_t *group, const hello_t *all, void **mapped)
-{
-    for (int r = 0; r < group->ranks; r++) {
-        if (all[r].backend != (int32_t)group->device->ops->backend)
-            return epx__fail(EPX_E_MISMATCH, "rank %d uses another backend than rank %d; set EPX_BACKEND on all ranks",
-                             r, group->rank);
-        uint64_t word = trial_word(group->rank, r);
-        epx_status_t status = epx__window_import(group->device, &all[r].trial, group->timeout_ms, &mapped[r]);
-        if (status != EPX_OK) {
-            mapped[r] = NULL;
-            if (status == EPX_E_SYSTEM || status == EPX_E_NOMEM)
-                return status;
-            epx__log(EPX__LOG_INFO, "rank %d is out of reach: %s", r, epx__detail());
-            snprintf(group->domain_why, sizeof group->domain_why, "rank %d is out of reach: %.120s", r, epx__detail());
-        } else if (group->device->ops->copy_in(group->device, (uint64_t *)mapped[r] + group->rank, &word,
-                                               sizeof word) != EPX_OK) {
-            epx__window_unimport(group->device, &all[r].trial, mapped[r]);
-            mapped[r] = NULL;
-        }
-    }
-    return EPX_OK;
-}
-
-static epx_status_t trial_read(epx_group_t *group, const epx__window_t *window, uint8_t *came)
-{
-    uint64_t *words = epx__calloc((size_t)group->ranks, sizeof *words);
-    if (!words)
-        return epx__fail(EPX_E_NOMEM, "no memory for %d trial words", group->ranks);
-    epx_status_t status =
-        group->device->ops->copy_out(group->device, words, window->base, sizeof *words * (size_t)group->ranks);
-    for (int r = 0; status == EPX_OK && r < group->ranks; r++)
-        came[r] = words[r] == trial_word(r, group->rank);
-    epx__free(words);
-    return status;
-}
-
-static epx_status_t make_topology(epx_group_t *group, const uint8_t *came, int split)
-{
-    size_t ranks = (size_t)group->ranks;
-    uint8_t *all = epx__calloc(ranks * ranks, 2);
-    epx_status_t status = epx__group_agree(
-        group, all ? EPX_OK : epx__fail(EPX_E_NOMEM, "no memory for %zu reaches", ranks * ranks), "finding domains");
-    if (status == EPX_OK)
-        status = epx__bootstrap_allgather(group->bootstrap, came, ranks, all, group->timeout_ms);
-    uint8_t *reach = all ? all + ranks * ranks : NULL;
-    for (size_t i = 0; status == EPX_OK && i < ranks; i++)
-        for (size_t j = 0; j < ranks; j++)
-            reach[i * ranks + j] = all[j * ranks + i]; /* j saw i's word */
-    if (status == EPX_OK)
-        status = epx__topology_make(group->ranks, reach, split, &group->topology);
-    epx__free(all);
-    return status;
-}
-
-static epx_status_t split_wanted(const epx_group_config_t *config, int *split)
-{
-    uint64_t value;
-    EPX__TRY(epx__env_u64(EPX__ENV_RANKS_PER_DOMAIN, 1, 1u << 20, 0, &value));
-    *split = config->ranks_per_domain > 0 ? config->ranks_per_domain : (int)value;
-    return EPX_OK;
-}
-
 /* Ranks of one domain end a call soon after each other, and being woken costs more than the rest of the wait: with a
  * core for each, patience pays (docs/measurements). Not beside a network, whose threads want the cores. */
 static void choose_patience(epx_group_t *group, int cores)
 {
     if (!epx__env_value(EPX__ENV_SPIN) && cores >= group->host_ranks && group->topology.domains == 1)
         group->spins = 20000;
-}
-
-static void say_domains(epx_group_t *group, int split)
-{
-    if (split > 0)
-        snprintf(group->domain_why, sizeof group->domain_why, "split into pieces of %d ranks, as asked for", split);
-    else if (group->topology.domains == 1)
-        snprintf(group->domain_why, sizeof group->domain_why,
-                 "every rank mapped every other's window and moved a word");
-    if (group->topology.domains == 1)
-        snprintf(group->net_why, sizeof group->net_why, "one domain needs no network");
-}
-
-typedef struct trial {
-    epx__window_t window;
-    epx__export_t exported;
-    hello_t *all;
-    void **mapped;
-    uint8_t *came;
-    bool open;
-} trial_t;
-
-static epx_status_t trial_open(epx_group_t *group, trial_t *trial)
-{
-    size_t ranks = (size_t)group->ranks;
-    trial->all = epx__calloc(ranks, sizeof *trial->all);
-    trial->mapped = epx__calloc(ranks, sizeof *trial->mapped);
-    trial->came = epx__calloc(ranks, 1);
-    if (!trial->all || !trial->mapped || !trial->came)
-        return epx__fail(EPX_E_NOMEM, "no memory to look for the domains of %zu ranks", ranks);
-    EPX__TRY(epx__window_create(group->device, group->fdserver, ranks * 8, &trial->window, &trial->exported));
-    trial->open = true;
-    return EPX_OK;
-}
-
-static void trial_let_go(epx_group_t *group, trial_t *trial)
-{
-    for (int r = 0; trial->mapped && trial->all && r < group->ranks; r++)
-        if (trial->mapped[r]) {
-            epx__window_unimport(group->device, &trial->all[r].trial, trial->mapped[r]);
-            trial->mapped[r] = NULL;
-        }
-    if (trial->open)
-        epx__window_destroy(group->device, group->fdserver, &trial->window, &trial->exported);
-    trial->open = false;
-}
-
-static void trial_close(epx_group_t *group, trial_t *trial)
-{
-    trial_let_go(group, trial);
-    epx__free(trial->all);
-    epx__free(trial->mapped);
-    epx__free(trial->came);
-}
-
-static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *config, trial_t *trial)
-{
-    int split = 0, cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    epx_status_t status = split_wanted(config, &split);
-    if (status == EPX_OK)
-        status = trial_open(group, trial);
-    EPX__TRY(epx__group_agree(group, status, "making a trial window"));
-    hello_t mine = {.trial = trial->exported,
-                    .host = epx__host_id(),
-                    .backend = (int32_t)group->device->ops->backend,
-                    .cores = cores};
-    EPX__TRY(epx__bootstrap_allgather(group->bootstrap, &mine, sizeof mine, trial->all, group->timeout_ms));
-    for (int r = 0; r < group->ranks; r++)
-        group->host_ranks += trial->all[r].host == mine.host;
-    status = trial_write(group, trial->all, trial->mapped);
-    if (status == EPX_OK)
-        status = choose_threads(group, config->threads, cores);
-    if (status != EPX_OK) /* peers may be waiting for its descriptor, which a rank without any to spare cannot send */
-        trial_let_go(group, trial);
-    EPX__TRY(epx__group_agree(group, status, "mapping the peers' trial windows"));
-    status = trial_read(group, &trial->window, trial->came);
-    EPX__TRY(epx__group_agree(group, status, "reading the trial words"));
-    EPX__TRY(make_topology(group, trial->came, split));
-    choose_patience(group, cores);
-    say_domains(group, split);
-    return EPX_OK;
 }
 
 /* ---- create, destroy ---- */
@@ -355,16 +196,14 @@ static epx_status_t build(epx_group_t *group, const epx_group_config_t *config)
     if (status == EPX_OK)
         status = choose_backend(group, config->backend, config->device, group->rank);
     EPX__TRY(epx__group_agree(group, status, "opening the device"));
-    trial_t trial = {0};
-    status = find_domains(group, config, &trial);
-    /* Nobody unmaps before everybody has read. */
+    EPX__TRY(epx__group_find_domains(group, config));
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    status = choose_threads(group, config->threads, cores);
     if (status == EPX_OK)
-        status = epx__bootstrap_barrier(group->bootstrap, group->timeout_ms);
-    trial_close(group, &trial);
-    EPX__TRY(status);
-    if (config->net && strlen(config->net) >= sizeof group->net_asked)
+        choose_patience(group, cores);
+    if (status == EPX_OK && config->net && strlen(config->net) >= sizeof group->net_asked)
         status = epx__fail(EPX_E_INVALID, "the network's name \"%.40s...\" is too long", config->net);
-    else
+    else if (status == EPX_OK)
         snprintf(group->net_asked, sizeof group->net_asked, "%s", config->net ? config->net : "");
     if (status == EPX_OK)
         status = epx__group_choose_net(group, group->net_asked);

@@ -24,7 +24,7 @@ struct epx_group {
     uint64_t timeout_ms;
     char net[64];
     char net_asked[64]; /* by the configuration, else empty; also in one domain, for channels */
-    char backend_why[192], domain_why[192], threads_why[160], net_why[192];
+    char backend_why[192], domain_why[512], threads_why[160], net_why[192];
     struct epx__verdict *verdicts; /* [ranks] scratch of epx__group_agree */
     atomic_int references;         /* the caller's, and one a buffer */
 };
@@ -90,6 +90,8 @@ size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t by
 /* Group (group.c): all ranks learn whether all succeeded; a rank that failed names itself. */
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing);
 void epx__group_unref(epx_group_t *group);
+/* Collective (domains.c): topology, host_ranks and their words. */
+epx_status_t epx__group_find_domains(epx_group_t *group, const epx_group_config_t *config);
 /* What channel/channels.h calls while channels are made. A rank that fails between two of these all-gathers must not be
  * waited for in the second. */
 typedef struct epx__gathering {

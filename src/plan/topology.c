@@ -3,7 +3,6 @@
  */
 #include "plan/topology.h"
 
-#include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -111,6 +110,26 @@ static epx_status_t check_complete(const uint8_t *reach, const epx__topology_t *
         }
     }
     return EPX_OK;
+}
+
+bool epx__topology_end_at_hosts(int ranks, const uint64_t *host, int split, uint8_t *reach)
+{
+    bool whole = split <= 0 || split == ranks, crosses = false;
+    for (int i = 0; i < ranks; i++) {
+        for (int j = 0; j < ranks; j++) {
+            whole = whole && touches(reach, ranks, i, j);
+            crosses = crosses || (host[i] != host[j] && touches(reach, ranks, i, j));
+        }
+    }
+    if (whole || !crosses)
+        return false;
+    for (int i = 0; i < ranks; i++) {
+        for (int j = 0; j < ranks; j++) {
+            if (host[i] != host[j])
+                reach[(size_t)i * (size_t)ranks + (size_t)j] = 0;
+        }
+    }
+    return true;
 }
 
 epx_status_t epx__topology_make(int ranks, const uint8_t *reach, int split, epx__topology_t *topology)

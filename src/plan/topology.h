@@ -7,6 +7,7 @@
 #ifndef EPX_PLAN_TOPOLOGY_H
 #define EPX_PLAN_TOPOLOGY_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include <epx/status.h>
@@ -23,6 +24,11 @@ typedef struct epx__topology {
  * each found set into pieces of that many ranks, in rank order; it must divide them. */
 epx_status_t epx__topology_make(int ranks, const uint8_t *reach, int split, epx__topology_t *topology);
 void epx__topology_fini(epx__topology_t *topology);
+
+/* One domain that is the whole group may span hosts. Of several none may: ranks of a domain share host memory then (on
+ * GPUs: src/api/rails.c). Unless `reach` is complete and `split` leaves it whole, take out what crosses hosts; true
+ * when there was any. host: [ranks], equal numbers on one host. */
+bool epx__topology_end_at_hosts(int ranks, const uint64_t *host, int split, uint8_t *reach);
 
 static inline int epx__topology_rank(const epx__topology_t *topology, int domain, int index)
 {

@@ -54,11 +54,50 @@ static void refuse(int ranks, const uint8_t *reach, int split, const char *words
     CHECK(memcmp(&t, &before, sizeof t) == 0, "output written on failure");
 }
 
+/* Where several domains would share memory of several hosts, they end at hosts. */
+static void expect_hosts(int ranks, const int *set, const uint64_t *host, int split, bool cut, int domains,
+                         const int *domain_of)
+{
+    uint8_t reach[MAX * MAX], before[MAX * MAX];
+    epx__topology_t t;
+    fill(reach, ranks, set);
+    memcpy(before, reach, sizeof before);
+    CHECK(epx__topology_end_at_hosts(ranks, host, split, reach) == cut, "%d ranks, split %d", ranks, split);
+    CHECK(cut || memcmp(before, reach, (size_t)(ranks * ranks)) == 0, "reach is changed and nothing said");
+    if (epx__topology_make(ranks, reach, split, &t) != EPX_OK) {
+        CHECK(false, "%s", epx__detail());
+        return;
+    }
+    CHECK(t.domains == domains, "%d domains", t.domains);
+    for (int i = 0; i < ranks; i++)
+        CHECK(t.domain_of[i] == domain_of[i], "rank %d in domain %d, not %d", i, t.domain_of[i], domain_of[i]);
+    epx__topology_fini(&t);
+}
+
+static void hosts(void)
+{
+    const int all[MAX] = {0}, halves[] = {0, 0, 1, 1}, odd[] = {0, 1, 0, 1}, racks[] = {0, 0, 0, 0, 1, 1, 1, 1};
+    const uint64_t here[MAX] = {9, 9, 9, 9, 9, 9, 9, 9}, two[] = {9, 9, 7, 7}, turns[] = {9, 7, 9, 7};
+    const uint64_t four[] = {1, 1, 2, 2, 3, 3, 4, 4};
+    expect_hosts(4, all, two, 0, false, 1, (const int[]){0, 0, 0, 0}); /* one domain may span hosts */
+    expect_hosts(4, all, two, 4, false, 1, (const int[]){0, 0, 0, 0});
+    expect_hosts(4, all, two, 2, true, 2, (const int[]){0, 0, 1, 1});
+    expect_hosts(4, all, turns, 2, true, 2, (const int[]){0, 1, 0, 1}); /* pieces of a host, not of rank order */
+    expect_hosts(4, all, turns, 1, true, 4, (const int[]){0, 1, 2, 3});
+    expect_hosts(4, halves, two, 0, false, 2, (const int[]){0, 0, 1, 1}); /* as without fabric handles */
+    expect_hosts(4, odd, two, 0, true, 4, (const int[]){0, 1, 2, 3});
+    expect_hosts(8, racks, four, 0, true, 4, (const int[]){0, 0, 1, 1, 2, 2, 3, 3});
+    expect_hosts(8, all, four, 0, false, 1, (const int[]){0, 0, 0, 0, 0, 0, 0, 0});
+    expect_hosts(8, all, here, 4, false, 2, (const int[]){0, 0, 0, 0, 1, 1, 1, 1});
+    expect_hosts(8, racks, here, 0, false, 2, (const int[]){0, 0, 0, 0, 1, 1, 1, 1});
+}
+
 int main(void)
 {
     const int one[MAX] = {0}, two[] = {0, 0, 1, 1}, mixed[] = {0, 1, 0, 1, 1, 0}, unequal[] = {0, 0, 0, 0, 1, 1};
     uint8_t reach[MAX * MAX];
 
+    hosts();
     expect(1, one, 0, 1, (const int[]){0});
     expect(8, one, 0, 1, (const int[]){0, 0, 0, 0, 0, 0, 0, 0});
     expect(4, two, 0, 2, (const int[]){0, 0, 1, 1});

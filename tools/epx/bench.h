@@ -64,7 +64,7 @@ void bench_work_fini(bench_work_t *work);
 /* What the ranks write for the report; memory shared by all. */
 typedef struct bench_result {
     char backend[16], net[64], floor_name[BENCH_OPS][96];
-    char backend_why[200], domain_why[200], threads_why[200], net_why[200];
+    char backend_why[200], domain_why[400], threads_why[200], net_why[200];
     int domains, threads, device;
     bool has_floor[BENCH_OPS]; /* measured in turn with each operation */
     uint64_t wrong[BENCH_OPS];

@@ -30,7 +30,7 @@ typedef struct demo_options {
 /* Written by the ranks, read by the parent. */
 typedef struct demo_result {
     char backend[16], net[64];
-    char backend_why[200], domain_why[200], threads_why[200], net_why[200];
+    char backend_why[200], domain_why[400], threads_why[200], net_why[200];
     int domains, ranks_per_domain, threads;
     int32_t domain_of[RANKS_MAX];
     uint32_t rows[RANKS_MAX];                 /* that each rank received */

@@ -48,7 +48,7 @@ static void reason(int32_t refused, char *words, size_t room)
         snprintf(words, room, "the GPU or its driver has none");
     else
         snprintf(words, room, "the driver refused: %s (%d)%s", error_text((CUresult)refused), (int)refused,
-                 refused == CUDA_ERROR_NOT_PERMITTED ? ", no IMEX channel in /dev/nvidia-caps-imex-channels?" : "");
+                 refused == CUDA_ERROR_NOT_PERMITTED ? ", no IMEX channel?" : "");
 }
 
 static void say(epx__cuda_device_t *d)
@@ -58,14 +58,14 @@ static void say(epx__cuda_device_t *d)
     if (d->refused)
         reason(d->refused, why, sizeof why);
     if (d->base.handles == EPX__HANDLES_FD)
-        snprintf(d->windows_why, sizeof d->windows_why, "GPU windows by descriptor, as EPX_CUDA_HANDLES asks");
+        snprintf(d->windows_why, sizeof d->windows_why, "by descriptor, as EPX_CUDA_HANDLES asks");
     else if (d->refused)
-        snprintf(d->windows_why, sizeof d->windows_why, "GPU windows have no fabric handles%s: %s",
+        snprintf(d->windows_why, sizeof d->windows_why, "no fabric handles%s: %s",
                  asked ? ", which EPX_CUDA_HANDLES asks for" : "", why);
     else
-        snprintf(d->windows_why, sizeof d->windows_why, "GPU windows by %s",
-                 asked ? "fabric handle between processes, as EPX_CUDA_HANDLES asks"
-                       : "descriptor on one host, by fabric handle between hosts");
+        snprintf(d->windows_why, sizeof d->windows_why, "%s",
+                 asked ? "by fabric handle between processes, as EPX_CUDA_HANDLES asks"
+                       : "by descriptor on one host, by fabric handle between hosts");
     d->base.windows_why = d->windows_why;
 }
 
