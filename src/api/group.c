@@ -8,7 +8,6 @@
 #include "api/objects.h"
 #include "api/rails.h"
 #include "base/alloc.h"
-#include "base/clock.h"
 #include "base/env.h"
 #include "base/fail.h"
 #include "base/log.h"

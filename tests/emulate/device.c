@@ -1,5 +1,7 @@
 /* The emulated GPU: CPU memory that says it is a GPU's, and the parts of src/device/cuda that the exchange calls. */
+#include <fcntl.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "base/alloc.h"
 #include "base/env.h"
@@ -24,19 +26,79 @@ static int choose_sms(int rank, bool *own)
     return sms[((unsigned)rank + before) % (unsigned)count];
 }
 
+/*
+ * Fabric handles: the exporter's process and descriptor, opened under /proc. EPX_EMULATE_FABRIC=0: refused, as without
+ * an IMEX channel. EPX_EMULATE_HOSTS: every rank's windows say that they are on a host of their own.
+ */
+typedef struct emulated {
+    epx__cuda_device_t d;
+    int rank;
+} emulated_t;
+
+typedef struct emulated_handle {
+    int32_t zero, pid, fd;
+} emulated_handle_t;
+
+static bool says_0(const char *variable)
+{
+    const char *value = getenv(variable);
+    return value && value[0] == '0';
+}
+
+static epx_status_t window_export(epx__device_t *device, const epx__window_t *window, epx__export_t *export_)
+{
+    const emulated_t *e = (const emulated_t *)device;
+    emulated_handle_t handle = {.pid = (int32_t)getpid(), .fd = window->fd};
+    memcpy(export_->blob, &handle, sizeof handle);
+    export_->blob_refused = e->d.refused;
+    export_->blob_kind = e->d.refused ? EPX__BLOB_NONE : EPX__BLOB_FABRIC;
+    if (getenv("EPX_EMULATE_HOSTS"))
+        export_->host += 1 + (uint64_t)e->rank;
+    return EPX_OK;
+}
+
+static epx_status_t window_map(epx__device_t *device, const epx__export_t *export_, int fd, void **mapped)
+{
+    emulated_handle_t handle;
+    char path[64];
+    if (fd >= 0)
+        return epx__device_cpu.window_map(device, export_, fd, mapped);
+    if (export_->blob_kind != EPX__BLOB_FABRIC)
+        return epx__fail(EPX_E_UNSUPPORTED, "the peer's GPU window has no fabric handle: emulated (%d)",
+                         (int)export_->blob_refused);
+    memcpy(&handle, export_->blob, sizeof handle);
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", (int)handle.pid, (int)handle.fd);
+    fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return epx__fail(EPX_E_UNSUPPORTED, "the emulated fabric handle %s cannot be opened", path);
+    epx_status_t status = epx__device_cpu.window_map(device, export_, fd, mapped);
+    close(fd);
+    return status;
+}
+
 static epx_status_t open_device(int ordinal, epx__device_t **device)
 {
+    static const char *const ways[] = {"auto", "fd", "fabric", NULL};
     int rank = ordinal < 0 ? -1 - ordinal : ordinal; /* of the domain */
+    int handles = EPX__HANDLES_AUTO;
     bool own;
-    epx__cuda_device_t *d = epx__calloc(1, sizeof *d);
-    if (!d)
+    EPX__TRY(epx__env_choice(EPX__ENV_CUDA_HANDLES, ways, &handles));
+    emulated_t *made = epx__calloc(1, sizeof *made);
+    if (!made)
         return epx__fail(EPX_E_NOMEM, "no memory for a device object");
     const char *shared = getenv("EPX_EMULATE_SHARED");
+    epx__cuda_device_t *d = &made->d;
+    made->rank = rank;
     d->base.ops = &epx__device_cuda;
     d->sms = choose_sms(rank, &own);
     d->base.ordinal = own ? rank : 0;
     d->major = EMU_BULK ? 9 : 8;
     d->shared_max = shared ? atoi(shared) : 16384; /* the less, the fewer warps a block */
+    d->base.handles = (epx__handles_t)handles;
+    d->refused = says_0("EPX_EMULATE_FABRIC") ? CUDA_ERROR_NOT_PERMITTED : 0;
+    if (handles == EPX__HANDLES_FABRIC)
+        d->base.windows_why =
+            d->refused ? "no fabric handles: emulated" : "by fabric handle between processes, emulated";
     *device = &d->base;
     return EPX_OK;
 }
@@ -53,8 +115,6 @@ static void close_device(epx__device_t *device)
     }
 TO_CPU(epx_status_t, window_alloc, (epx__device_t * d, size_t bytes, epx__window_t *w), (d, bytes, w))
 TO_CPU(void, window_free, (epx__device_t * d, epx__window_t *w), (d, w))
-TO_CPU(epx_status_t, window_export, (epx__device_t * d, const epx__window_t *w, epx__export_t *e), (d, w, e))
-TO_CPU(epx_status_t, window_map, (epx__device_t * d, const epx__export_t *e, int fd, void **m), (d, e, fd, m))
 TO_CPU(void, window_unmap, (epx__device_t * d, const epx__export_t *e, void *m), (d, e, m))
 TO_CPU(epx_status_t, window_attach, (epx__device_t * d, const epx__export_t *e, void **m), (d, e, m))
 TO_CPU(epx_status_t, copy_in, (epx__device_t * d, void *to, const void *from, size_t bytes), (d, to, from, bytes))

@@ -127,6 +127,7 @@ section_ht() {
     export EPX_TIMEOUT_MS=10000
     step info 20 "$build/bin/epx" info
     step fault 40 "$tests/gpu_test_fault"
+    step fabric 15 "$tests/gpu_test_fabric"
     step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
     step bounds 20 "$tests/gpu_test_bounds"
     EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "two" "$(pct 2)"
