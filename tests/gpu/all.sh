@@ -161,7 +161,8 @@ section_benchll() {
 section_benchnet() {
     use_fabric
     [ -n "$ofi" ] || return
-    bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --no-floor --op dispatch,dispatch_cached,combine
+    bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --op dispatch,dispatch_cached,combine
+    bench tcp-2x2 --ranks 4 --domains 2 --net ofi:tcp --iters 5 --tokens 1024 --op dispatch_cached,combine
 }
 pytests() { # NAME SECONDS FILES TESTS...
     # Other plug-ins of pytest cost time, and may start CUDA before ranks are forked.

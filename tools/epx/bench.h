@@ -106,12 +106,6 @@ typedef struct floor_ops {
     const char *(*words)(void);
 } floor_ops_t;
 
-/* bench_net.c: the floor between domains on the CPU. `net`: as the group names it, "ofi:tcp;ofi_rxm". Collective; 0, or
- * non-zero and words. */
-int floor_net_open(const floor_plan_t *plan, const bench_work_t *work, const int32_t *domain_of, const char *net,
-                   void **floor);
-extern const floor_ops_t floor_net_ops;
-
 enum { BENCH_MEMORY_MOST = 16 };
 
 /* One rank's objects. */
@@ -149,6 +143,10 @@ void *bench_get(bench_rank_t *self, size_t bytes);
 /* Everything after joining, by mode: buffer, memory, floor, operations. */
 int bench_ht(bench_rank_t *self);
 int bench_ll(bench_rank_t *self);
+
+/* bench_net.c: the floor between domains, over libfabric ("ofi:..."). Collective; sets floor and floor_ops, or fails.
+ */
+int floor_net_open(bench_rank_t *self, const floor_plan_t *plan);
 
 /* ---- inputs: rows with a number in every byte ---- */
 

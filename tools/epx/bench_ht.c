@@ -46,19 +46,6 @@ static int get_memory(bench_rank_t *self)
     return ok ? 0 : 1;
 }
 
-/* Between domains the floor is a stream of puts besides; on GPUs, and on networks that are not libfabric's, there is
- * none yet. */
-static int open_net_floor(bench_rank_t *self, const floor_plan_t *plan)
-{
-    const char *net = self->info.net ? self->info.net : "";
-    if (self->info.backend != EPX_BACKEND_CPU || strncmp(net, "ofi:", 4))
-        return 0;
-    self->floor_ops = floor_net_ops;
-    if (floor_net_open(plan, &self->bench->work, self->info.domain_of, net, &self->floor))
-        return rank_fail(self->rank, "the floor: %s", self->floor_ops.words());
-    return 0;
-}
-
 static int open_floor(bench_rank_t *self)
 {
     const bench_t *bench = self->bench;
@@ -80,8 +67,8 @@ static int open_floor(bench_rank_t *self)
                          .area = bench->floor_area,
                          .allgather = rank_allgather,
                          .allgather_context = self->rank};
-    if (self->info.domains > 1)
-        return open_net_floor(self, &plan);
+    if (self->info.domains > 1) /* a stream of puts besides; of networks that are not libfabric's there is none */
+        return self->info.net && strncmp(self->info.net, "ofi:", 4) == 0 ? floor_net_open(self, &plan) : 0;
     self->floor_ops = (floor_ops_t){self->mem->floor_variants, self->mem->floor_variant_name, self->mem->floor_run,
                                     self->mem->floor_close, self->mem->words};
     if (self->mem->floor_open(self->context, &plan, &self->floor))

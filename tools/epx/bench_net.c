@@ -1,19 +1,26 @@
 /*
- * The floor between domains on the CPU: a raw stream of puts with the same bytes both ways at once, over the provider
- * that the library uses, in puts of the best size; and the local copies and sums. One after the other, with nothing
- * counted, packed or waited for:
+ * The floor between domains: a raw stream of puts with the same bytes both ways at once, over the provider that the
+ * library uses, in puts of the best size; and the local copies and sums, with nothing counted, packed or waited for.
+ * On the CPU one after the other:
  *
  *   dispatch   each token's row once to every other domain that wants it, to the rank with the same place there; then
  *              every row that is for the own domain, from here or arrived, copied to where it belongs
  *   combine    sums of what two or more ranks of the domain hold of another domain's token; one row a token and domain
  *              sent back; then each own token's sum over the own domain's rows and the other domains' partial sums
  *
- * Copies and sums are floor_cpu's, on lists made here.
+ * On GPUs all at once:
+ *
+ *   stream     copied to pinned host memory, sent, copied from where it landed to the other GPU; a piece is sent as
+ *              soon as it is there and copied as soon as it has come
+ *   dispatch   beside it the own tokens' rows to the ranks of the own domain
+ *   combine    beside it the own tokens' sums over the own domain's rows
+ *
+ * What arrived is not handed on in the domain and no sum has a row of another domain in it, since a library can have
+ * those on the way: a floor may do less than the library, never more.
+ *
+ * Copies and sums in the domain are the memory's own floors (mem.h), on lists made in bench_net_lists.c.
  */
-#include "bench.h"
-#include "floor.h"
-#include "progress.h"
-#include "stream.h"
+#include "bench_net.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,30 +28,6 @@
 
 static const size_t chunks[] = {32u << 10, 112u << 10, 256u << 10, 512u << 10, 1u << 20, 4u << 20};
 enum { CHUNKS = sizeof chunks / sizeof *chunks };
-
-/* A list for floor_cpu: where each token's rows are. */
-typedef struct part {
-    int32_t *dst_rank, *dst_row; /* [tokens][ranks] */
-    uint32_t tokens;
-    void *floor; /* NULL: nothing to do */
-    int variant; /* the fastest */
-} part_t;
-
-typedef struct net_floor {
-    floor_plan_t plan;
-    const bench_work_t *work;
-    const int32_t *domain_of;
-    int domain;
-    const stream_ops_t *ops;
-    void *stream[2];                /* by floor_kind_t */
-    uint32_t *out_rows, *back_rows; /* [ranks] of this rank's tokens to its rail there; of that rail's tokens here */
-    uint32_t out_total, back_total;
-    size_t *bytes; /* [6][ranks] for the streams' plans: to, from, at of dispatch and of combine */
-    uint8_t **area;
-    uint8_t *send, *rows; /* rows: this rank's tokens, then what arrives */
-    part_t copies, partial, final;
-    char name[96];
-} net_floor_t;
 
 static _Thread_local char words[320];
 
@@ -59,143 +42,58 @@ static int fail(const char *text)
     return 1;
 }
 
-/* ---- who sends how much ---- */
+/* ---- copies and sums in the domain ---- */
 
-static bool wanted(const net_floor_t *self, int source, uint32_t token, int domain)
+static int run_part(const net_floor_t *self, const net_part_t *part, floor_kind_t kind)
 {
-    const bench_work_t *work = self->work;
-    const int32_t *ranks = work->dst_rank + (work->first[source] + token) * (uint64_t)work->ranks;
-    for (int slot = 0; slot < work->ranks && ranks[slot] >= 0; slot++)
-        if (self->domain_of[ranks[slot]] == domain)
-            return true;
-    return false;
+    return part->floor && self->mem->floor_run(part->floor, kind, part->variant[kind]) ? fail(self->mem->words()) : 0;
 }
 
-static int index_in_domain(const net_floor_t *self, int rank)
+/* Each way tried: with other ranks at the same time, they all come here. */
+static int part_try(net_floor_t *self, net_part_t *part, floor_kind_t kind)
 {
-    int index = 0;
-    for (int r = 0; r < rank; r++)
-        index += self->domain_of[r] == self->domain_of[rank];
-    return index;
-}
-
-static bool rail(const net_floor_t *self, int other)
-{
-    return self->domain_of[other] != self->domain &&
-           index_in_domain(self, other) == index_in_domain(self, self->plan.rank);
-}
-
-static uint32_t rows_between(const net_floor_t *self, int source, int domain)
-{
-    uint32_t count = 0;
-    for (uint32_t token = 0; token < self->work->tokens[source]; token++)
-        count += wanted(self, source, token, domain);
-    return count;
-}
-
-static void count_rows(net_floor_t *self)
-{
-    for (int r = 0; r < self->plan.ranks; r++)
-        if (rail(self, r)) {
-            self->out_total += self->out_rows[r] = rows_between(self, self->plan.rank, self->domain_of[r]);
-            self->back_total += self->back_rows[r] = rows_between(self, r, self->domain);
-        }
-}
-
-/* ---- lists ---- */
-
-static int part_init(part_t *part, uint32_t tokens, int ranks)
-{
-    size_t count = (size_t)tokens * (size_t)ranks + 1;
-    part->dst_rank = malloc(count * sizeof *part->dst_rank);
-    part->dst_row = malloc(count * sizeof *part->dst_row);
-    return part->dst_rank && part->dst_row ? 0 : fail("no memory for the floor's lists");
-}
-
-/* Add a token's places in this domain; returns how many. */
-static int part_add(const net_floor_t *self, part_t *part, int source, uint32_t token)
-{
-    const bench_work_t *work = self->work;
-    int ranks = work->ranks, count = 0;
-    uint64_t at = (work->first[source] + token) * (uint64_t)ranks, to = (uint64_t)part->tokens * (uint64_t)ranks;
-    for (int slot = 0; slot < ranks && work->dst_rank[at + (uint64_t)slot] >= 0; slot++) {
-        int32_t rank = work->dst_rank[at + (uint64_t)slot];
-        if (self->domain_of[rank] != self->domain)
-            continue;
-        part->dst_rank[to + (uint64_t)count] = rank;
-        part->dst_row[to + (uint64_t)count++] = work->dst_row[at + (uint64_t)slot];
-    }
-    if (count < ranks)
-        part->dst_rank[to + (uint64_t)count] = -1;
-    return count;
-}
-
-static void add_final(const net_floor_t *self, part_t *part, uint32_t token, uint32_t *next)
-{
-    int me = self->plan.rank, ranks = self->plan.ranks, count = part_add(self, part, me, token);
-    size_t to = (size_t)part->tokens * (size_t)ranks;
-    for (int r = 0; r < ranks; r++)
-        if (rail(self, r) && wanted(self, me, token, self->domain_of[r])) {
-            part->dst_rank[to + (size_t)count] = r; /* its area is where its partial sums arrive */
-            part->dst_row[to + (size_t)count++] = (int32_t)next[r]++;
-        }
-    if (count < ranks)
-        part->dst_rank[to + (size_t)count] = -1;
-    part->tokens++;
-}
-
-static int make_lists(net_floor_t *self)
-{
-    int me = self->plan.rank, ranks = self->plan.ranks;
-    uint32_t own = self->plan.tokens, *next = calloc((size_t)ranks, sizeof *next);
-    if (!next || part_init(&self->copies, own + self->back_total, ranks) ||
-        part_init(&self->partial, self->back_total, ranks) || part_init(&self->final, own, ranks)) {
-        free(next);
-        return fail("no memory for the floor's lists");
-    }
-    for (uint32_t token = 0; token < own; token++) {
-        part_add(self, &self->copies, me, token);
-        self->copies.tokens++;
-        add_final(self, &self->final, token, next);
-    }
-    for (int r = 0; r < ranks; r++)
-        for (uint32_t token = 0; self->back_rows[r] && token < self->work->tokens[r]; token++) {
-            if (!wanted(self, r, token, self->domain))
-                continue;
-            part_add(self, &self->copies, r, token);
-            self->copies.tokens++;
-            self->partial.tokens += part_add(self, &self->partial, r, token) > 1;
-        }
-    free(next);
-    return 0;
-}
-
-/* Opened with the list; then each way of doing it tried: with other ranks at the same time, they all come here. */
-static int part_open(net_floor_t *self, part_t *part, floor_kind_t kind)
-{
-    floor_plan_t plan = self->plan;
-    uint64_t least = UINT64_MAX;
-    plan.tokens = part->tokens;
-    plan.dst_rank = part->dst_rank;
-    plan.dst_row = part->dst_row;
-    plan.x = self->rows;
-    plan.area = self->area;
-    if (part->tokens == 0)
+    double least = 0, us;
+    if (!part->floor)
         return 0;
-    const char *error = floor_cpu_open(&plan, &part->floor);
-    if (error)
-        return fail(error);
     for (int pass = 0; pass < 3; pass++)
-        for (int variant = 0; variant < floor_cpu_variants(part->floor, kind); variant++) {
-            uint64_t began = now_ns();
-            floor_cpu_run(part->floor, kind, variant);
-            uint64_t took = now_ns() - began;
-            if (took < least) {
-                least = took;
-                part->variant = variant;
+        for (int variant = 0; variant < self->mem->floor_variants(part->floor, kind); variant++) {
+            if (self->mem->time_start(self->context) || self->mem->floor_run(part->floor, kind, variant) ||
+                self->mem->time_stop(self->context, &us))
+                return fail(self->mem->words());
+            if (least == 0 || us < least) {
+                least = us;
+                part->variant[kind] = variant;
             }
         }
     return 0;
+}
+
+/* On GPUs collective over all ranks: they all come here, also with an empty list. */
+static int part_open(net_floor_t *self, net_part_t *part)
+{
+    floor_plan_t plan = self->plan;
+    plan.tokens = part->tokens;
+    plan.dst_rank = part->dst_rank;
+    plan.dst_row = part->dst_row;
+    plan.x = self->rows ? self->rows : plan.x;
+    plan.area = self->area;
+    plan.domain_of = self->domain_of;
+    if (part->tokens == 0 && !self->carry)
+        return 0;
+    return self->mem->floor_open(self->context, &plan, &part->floor) ? fail(self->mem->words()) : 0;
+}
+
+static int open_parts(net_floor_t *self)
+{
+    bool sums = self->plan.format != PATTERN_BYTES;
+    if (part_open(self, &self->copies) || part_try(self, &self->copies, FLOOR_DISPATCH))
+        return 1;
+    if (!sums)
+        return 0;
+    if (self->carry)
+        return part_try(self, &self->copies, FLOOR_COMBINE);
+    return part_open(self, &self->partial) || part_try(self, &self->partial, FLOOR_COMBINE) ||
+           part_open(self, &self->final) || part_try(self, &self->final, FLOOR_COMBINE);
 }
 
 /* ---- streams ---- */
@@ -232,14 +130,21 @@ static int open_stream(net_floor_t *self, const char *provider, floor_kind_t kin
                           .to_bytes = to_bytes,
                           .from_bytes = from_bytes,
                           .to_at = at,
-                          .from = (char *)self->send,
-                          .into = (char *)self->rows + self->plan.tokens * self->plan.row_bytes,
+                          .from = self->from,
+                          .into = self->into,
                           .allgather = self->plan.allgather,
                           .allgather_context = self->plan.allgather_context};
+    if (self->carry) {
+        plan.ready = self->mem->carry->ready;
+        plan.landed = self->mem->carry->landed;
+        plan.carry = self->carry;
+    }
     for (size_t r = 0; r < ranks; r++) {
         plan.from_total += to_bytes[r] = to[r] * row_bytes;
         plan.into_total += from_bytes[r] = from[r] * row_bytes;
     }
+    self->out_bytes[kind] = plan.from_total;
+    self->in_bytes[kind] = plan.into_total;
     if (tell_places(self, from_bytes, at))
         return 1;
     if (self->ops->open(&plan, &self->stream[kind]))
@@ -260,28 +165,39 @@ static int open_streams(net_floor_t *self, const char *net)
     return sums && open_stream(self, net, FLOOR_COMBINE, self->back_rows, self->out_rows, sum_bytes);
 }
 
-/* ---- the table ---- */
+/* ---- memory ---- */
+
+/* Of the CPU. The stream's bytes land behind the own tokens' rows: copies have both in one list. */
+static int get_rows(net_floor_t *self, size_t send_bytes)
+{
+    size_t own = self->plan.tokens * self->plan.row_bytes, rows = (own + send_bytes + 255) / 256 * 256 + 256;
+    send_bytes = (send_bytes + 255) / 256 * 256 + 256;
+    self->send = aligned_alloc(256, send_bytes);
+    self->rows = aligned_alloc(256, rows);
+    if (!self->send || !self->rows)
+        return fail("no memory for the floor's rows");
+    memset(self->send, 0, send_bytes);
+    memset(self->rows, 0, rows);
+    self->from = (char *)self->send;
+    self->into = (char *)self->rows + own;
+    return 0;
+}
 
 static int get_memory(net_floor_t *self)
 {
     size_t ranks = (size_t)self->plan.ranks, row = self->plan.row_bytes;
-    self->out_rows = calloc(ranks, sizeof *self->out_rows);
-    self->back_rows = calloc(ranks, sizeof *self->back_rows);
     self->bytes = calloc(6 * ranks, sizeof *self->bytes);
     self->area = calloc(ranks, sizeof *self->area);
-    if (!self->out_rows || !self->back_rows || !self->bytes || !self->area)
-        return fail("no memory for the floor");
-    count_rows(self);
-    size_t most = self->out_total > self->back_total ? self->out_total : self->back_total;
-    size_t send = (most * row + 255) / 256 * 256 + 256,
-           rows = ((self->plan.tokens + most) * row + 255) / 256 * 256 + 256;
-    self->send = aligned_alloc(256, send);
-    self->rows = aligned_alloc(256, rows);
-    if (!self->send || !self->rows)
-        return fail("no memory for the floor's rows");
-    memset(self->send, 0, send);
-    memset(self->rows, 0, rows);
-    uint8_t *landing = self->rows + self->plan.tokens * row;
+    if (!self->bytes || !self->area || net_count_rows(self) || net_make_lists(self))
+        return fail("no memory for the floor's lists");
+    size_t most = (self->out_total > self->back_total ? self->out_total : self->back_total) * row;
+    if (self->mem->carry)
+        return self->mem->carry->open(self->context, most, &self->carry, &self->from, &self->into)
+                   ? fail(self->mem->words())
+                   : 0;
+    if (get_rows(self, most))
+        return 1;
+    uint8_t *landing = (uint8_t *)self->into;
     for (size_t r = 0; r < ranks; r++) {
         self->area[r] = self->plan.area[r];
         if (!self->out_rows[r] || self->plan.format == PATTERN_BYTES)
@@ -292,48 +208,28 @@ static int get_memory(net_floor_t *self)
     return 0;
 }
 
+/* ---- the table ---- */
+
 static void net_close(void *context)
 {
     net_floor_t *self = context;
     if (!self)
         return;
-    part_t *const parts[] = {&self->copies, &self->partial, &self->final};
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        floor_cpu_close(parts[i]->floor);
-        free(parts[i]->dst_rank);
-        free(parts[i]->dst_row);
-    }
+    net_part_t *const parts[] = {&self->copies, &self->partial, &self->final};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (parts[i]->floor)
+            self->mem->floor_close(parts[i]->floor);
     for (int kind = 0; kind < 2; kind++)
         if (self->stream[kind])
             self->ops->close(self->stream[kind]);
-    free(self->out_rows);
-    free(self->back_rows);
+    if (self->carry)
+        self->mem->carry->close(self->carry);
+    net_free_lists(self);
     free(self->bytes);
     free(self->area);
     free(self->send);
     free(self->rows);
     free(self);
-}
-
-int floor_net_open(const floor_plan_t *plan, const bench_work_t *work, const int32_t *domain_of, const char *net,
-                   void **floor)
-{
-    net_floor_t *self = calloc(1, sizeof *self);
-    if (!self)
-        return fail("no memory for the floor");
-    self->plan = *plan;
-    self->work = work;
-    self->domain_of = domain_of;
-    self->domain = domain_of[plan->rank];
-    if (get_memory(self) || make_lists(self) || open_streams(self, strncmp(net, "ofi:", 4) ? net : net + 4) ||
-        part_open(self, &self->copies, FLOOR_DISPATCH) ||
-        (plan->format != PATTERN_BYTES &&
-         (part_open(self, &self->partial, FLOOR_COMBINE) || part_open(self, &self->final, FLOOR_COMBINE)))) {
-        net_close(self);
-        return 1;
-    }
-    *floor = self;
-    return 0;
 }
 
 static int net_variants(void *floor, floor_kind_t kind)
@@ -346,27 +242,58 @@ static int net_variants(void *floor, floor_kind_t kind)
 static const char *net_variant_name(void *floor, floor_kind_t kind, int variant)
 {
     net_floor_t *self = floor;
-    const part_t *part = kind == FLOOR_COMBINE ? &self->final : &self->copies;
-    snprintf(self->name, sizeof self->name, "puts of %zu KB, %s", chunks[variant] >> 10,
-             part->floor ? floor_cpu_variant_name(part->floor, kind, part->variant) : "nothing");
+    const net_part_t *part = kind == FLOOR_COMBINE && !self->carry ? &self->final : &self->copies;
+    snprintf(self->name, sizeof self->name, "puts of %zu KB%s, %s", chunks[variant] >> 10,
+             self->carry ? " through pinned host memory" : "",
+             part->floor ? self->mem->floor_variant_name(part->floor, kind, part->variant[kind]) : "nothing");
     return self->name;
 }
 
-static void run_part(const part_t *part, floor_kind_t kind)
+static int run_stream(net_floor_t *self, floor_kind_t kind, int variant)
 {
-    if (part->floor)
-        floor_cpu_run(part->floor, kind, part->variant);
+    return self->ops->run(self->stream[kind], chunks[variant]) ? fail(self->ops->words()) : 0;
+}
+
+/* What the GPU does is enqueued: the copies and sums in the domain run while this thread sends. */
+static int run_gpu(net_floor_t *self, floor_kind_t kind, int variant)
+{
+    const carry_ops_t *carry = self->mem->carry;
+    if (carry->begin(self->carry, self->out_bytes[kind], self->in_bytes[kind]))
+        return fail(self->mem->words());
+    if (run_part(self, &self->copies, kind) || run_stream(self, kind, variant))
+        return 1;
+    return carry->end(self->carry) ? fail(self->mem->words()) : 0;
 }
 
 static int net_run(void *floor, floor_kind_t kind, int variant)
 {
     net_floor_t *self = floor;
-    if (kind == FLOOR_COMBINE)
-        run_part(&self->partial, kind);
-    if (self->ops->run(self->stream[kind], chunks[variant]))
-        return fail(self->ops->words());
-    run_part(kind == FLOOR_COMBINE ? &self->final : &self->copies, kind);
-    return 0;
+    const net_part_t *after = kind == FLOOR_COMBINE ? &self->final : &self->copies;
+    if (self->carry)
+        return run_gpu(self, kind, variant);
+    if (kind == FLOOR_COMBINE && run_part(self, &self->partial, kind))
+        return 1;
+    return run_stream(self, kind, variant) || run_part(self, after, kind);
 }
 
-const floor_ops_t floor_net_ops = {net_variants, net_variant_name, net_run, net_close, net_words};
+int floor_net_open(bench_rank_t *rank, const floor_plan_t *plan)
+{
+    static const floor_ops_t ops = {net_variants, net_variant_name, net_run, net_close, net_words};
+    net_floor_t *self = calloc(1, sizeof *self);
+    if (!self)
+        return rank_fail(rank->rank, "no memory for the floor");
+    self->plan = *plan;
+    self->work = &rank->bench->work;
+    self->mem = rank->mem;
+    self->context = rank->context;
+    self->domain_of = rank->info.domain_of;
+    self->domain = self->domain_of[plan->rank];
+    if (get_memory(self) || open_streams(self, rank->info.net + strlen("ofi:")) || open_parts(self)) {
+        net_close(self);
+        return rank_fail(rank->rank, "the floor: %s", words);
+    }
+    rank->floor_ops = ops;
+    rank->floor = self;
+    /* So that no rank's kernels wait yet, on the same GPU, for one that still opens its floor. */
+    return rank_barrier(rank->rank);
+}

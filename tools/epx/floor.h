@@ -1,4 +1,4 @@
-/* The CPU's floors; see floor_plan_t in mem.h. floor_net_*, between domains, are in bench_net.c (bench.h). */
+/* The CPU's floors; see floor_plan_t in mem.h. */
 #ifndef EPX_TOOL_FLOOR_H
 #define EPX_TOOL_FLOOR_H
 

@@ -17,7 +17,7 @@
 
 #include <epx/epx.h>
 
-enum { MEM_ABI = 3 };
+enum { MEM_ABI = 4 };
 
 /*
  * What the floor of dispatch and combine moves on one rank: the very (source row, destination row) list that the
@@ -34,7 +34,9 @@ typedef struct floor_plan {
     pattern_format_t format;
     const void *x;        /* device, [tokens][row_bytes], what dispatch sends */
     uint8_t *const *area; /* CPU: [ranks] the received area of each, shared by all, made before the fork */
-    uint8_t *const *out;  /* CPU, combine: [tokens] where each sum goes; NULL: into memory of the floor's own */
+    /* Or NULL. Ranks of other domains are in no list; their GPUs' memory is not opened, and nobody meets. */
+    const int32_t *domain_of;
+    uint8_t *const *out; /* CPU, combine: [tokens] where each sum goes; NULL: into memory of the floor's own */
     /* Host all-gather over the ranks, e.g. for memory handles: at most 512 bytes each. */
     int (*allgather)(void *context, const void *mine, size_t bytes, void *all);
     void *allgather_context;
@@ -42,6 +44,22 @@ typedef struct floor_plan {
 
 /* A mem_ops knows the first two; the last one is the sum of low latency's (bench_ll_floor.c). */
 typedef enum floor_kind { FLOOR_DISPATCH = 0, FLOOR_COMBINE = 1, FLOOR_PAIR = 2 } floor_kind_t;
+
+/*
+ * Host memory, pinned, in two parts, and copies between it and as much memory of the device, which the floor between
+ * domains has beside the stream's work. A run is begin, then ready and landed as often as one likes until all is ready
+ * and has landed, then end. None of them waits.
+ */
+typedef struct carry_ops {
+    /* Each part and its twin on the device has `bytes`; `out` is what leaves the device, `in` what goes to it. */
+    int (*open)(void *context, size_t bytes, void **carry, char **out, char **in);
+    /* So many bytes of both are to be copied, after what the stream holds by now. */
+    int (*begin)(void *carry, size_t out_bytes, size_t in_bytes);
+    const char *(*ready)(void *carry, size_t *bytes); /* how many of `out` have come; NULL, or words */
+    const char *(*landed)(void *carry, size_t bytes); /* so many of `in` may be copied, in all; NULL, or words */
+    int (*end)(void *carry);                          /* the stream goes on when the copies are done */
+    void (*close)(void *carry);
+} carry_ops_t;
 
 typedef struct mem_ops {
     uint32_t abi; /* MEM_ABI */
@@ -76,6 +94,7 @@ typedef struct mem_ops {
     const char *(*floor_variant_name)(void *floor, floor_kind_t kind, int variant);
     int (*floor_run)(void *floor, floor_kind_t kind, int variant); /* enqueues, between time_start and time_stop */
     void (*floor_close)(void *floor);
+    const carry_ops_t *carry; /* NULL: this memory is the host's */
 } mem_ops_t;
 
 /* The table for a resolved backend; NULL with `why` (one line, static). */

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { STREAM_ABI = 1 };
+enum { STREAM_ABI = 2 };
 
 typedef struct stream_plan {
     const char *provider; /* what follows "ofi:" in the library's own name: "tcp;ofi_rxm", "shm" */
@@ -23,6 +23,12 @@ typedef struct stream_plan {
     size_t from_total;
     char *into; /* where what others send lands */
     size_t into_total;
+    /* Or NULL, both: asked in a run how many bytes of `from` are there to be sent, growing up to from_total; told how
+     * many have come, in all. What others send comes in any order, so the last bytes told may be on the way until all
+     * have come. NULL, or words. The two of carry_ops_t in mem.h. */
+    const char *(*ready)(void *carry, size_t *bytes);
+    const char *(*landed)(void *carry, size_t bytes);
+    void *carry;
     int (*allgather)(void *context, const void *mine, size_t bytes, void *all); /* at most 512 bytes each */
     void *allgather_context;
 } stream_plan_t;

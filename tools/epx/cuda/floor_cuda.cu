@@ -197,6 +197,8 @@ static const char *open_areas(floor_t *f, const floor_plan_t *plan, const card_t
         return "the ranks' memory handles could not be gathered";
     for (int r = 0; r < plan->ranks; r++) {
         cudaError_t error = cudaSuccess;
+        if (plan->domain_of && plan->domain_of[r] != plan->domain_of[plan->rank])
+            continue;
         if (all[r].process == mine->process) {
             if (all[r].device != f->device)
                 error = cudaDeviceEnablePeerAccess(all[r].device, 0);

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "cuda/carry_cuda.h"
 #include "cuda/floor_cuda.h"
 
 #define CHILL_BYTES ((size_t)256 << 20) /* several times any L2 */
@@ -179,15 +180,20 @@ static void gpu_graph_free(void *context, void *graph)
         cudaGraphExecDestroy((cudaGraphExec_t)graph);
 }
 
+static int failed_by(const char *error)
+{
+    if (error)
+        snprintf(words, sizeof words, "%s", error);
+    return error != NULL;
+}
+
 static int gpu_floor_open(void *context, const floor_plan_t *plan, void **floor)
 {
     gpu_t *gpu = (gpu_t *)context;
     const char *error = floor_cuda_open(gpu->device, gpu->stream, plan, floor);
-    if (error)
-        snprintf(words, sizeof words, "%s", error);
-    else
+    if (!error && !plan->domain_of) /* milliseconds of a network need no start to the microsecond */
         gpu->floor = *floor;
-    return error != NULL;
+    return failed_by(error);
 }
 
 static int gpu_floor_run(void *floor, floor_kind_t kind, int variant)
@@ -195,8 +201,26 @@ static int gpu_floor_run(void *floor, floor_kind_t kind, int variant)
     return failed((cudaError_t)floor_cuda_run(floor, kind, variant), "the floor");
 }
 
+static int gpu_carry_open(void *context, size_t bytes, void **carry, char **out, char **in)
+{
+    gpu_t *gpu = (gpu_t *)context;
+    return failed_by(carry_cuda_open(gpu->device, gpu->stream, bytes, carry, out, in));
+}
+
+static int gpu_carry_begin(void *carry, size_t out_bytes, size_t in_bytes)
+{
+    return failed_by(carry_cuda_begin(carry, out_bytes, in_bytes));
+}
+
+static int gpu_carry_end(void *carry)
+{
+    return failed_by(carry_cuda_end(carry));
+}
+
 extern "C" __attribute__((visibility("default"))) const mem_ops_t *epx_bench_mem(void)
 {
+    static const carry_ops_t carry = {gpu_carry_open,    gpu_carry_begin, carry_cuda_ready,
+                                      carry_cuda_landed, gpu_carry_end,   carry_cuda_close};
     static mem_ops_t ops;
     ops.abi = MEM_ABI;
     ops.name = "cuda";
@@ -222,5 +246,6 @@ extern "C" __attribute__((visibility("default"))) const mem_ops_t *epx_bench_mem
     ops.floor_variant_name = floor_cuda_variant_name;
     ops.floor_run = gpu_floor_run;
     ops.floor_close = floor_cuda_close; /* the last thing a rank does with its context but free and close */
+    ops.carry = &carry;
     return &ops;
 }

@@ -231,10 +231,42 @@ static int send_chunk(stream_t *self, int to, size_t chunk, bool *moved)
     return 0;
 }
 
+/* Chunks to all peers in turn, as far as what they hold is there; *open counts the peers that lack some. */
+static int send_turn(stream_t *self, size_t chunk, size_t ready, int *open, bool *moved)
+{
+    for (int step = 1; step < self->plan.ranks; step++) {
+        int to = (self->plan.rank + step) % self->plan.ranks;
+        size_t sent = self->peer[to].sent, left = self->plan.to_bytes[to] - sent;
+        if (self->idle_count == 0 || left == 0 || self->at[to] + sent + (left < chunk ? left : chunk) > ready)
+            continue;
+        if (send_chunk(self, to, chunk, moved))
+            return 1;
+        *open -= self->peer[to].sent == self->plan.to_bytes[to];
+    }
+    return 0;
+}
+
+/* The copies on both sides of the stream: what can be sent by now; what came is handed on. Each peer's last put is a
+ * smaller one, so that all bytes are known to be there only when all puts are. */
+static int carry(stream_t *self, size_t chunk, size_t expected, size_t *ready)
+{
+    size_t came = self->arrived * chunk;
+    const char *error = NULL;
+    if (*ready < self->plan.from_total)
+        error = self->plan.ready(self->plan.carry, ready);
+    if (self->arrived >= expected)
+        came = self->plan.into_total;
+    else if (came >= self->plan.into_total)
+        came = self->plan.into_total - 1;
+    if (!error && came)
+        error = self->plan.landed(self->plan.carry, came);
+    return error ? fail("%s", error) : 0;
+}
+
 static int stream_run(void *stream, size_t chunk)
 {
     stream_t *self = stream;
-    size_t expected = 0;
+    size_t expected = 0, ready = self->plan.ready ? 0 : self->plan.from_total;
     int open = 0;
     time_t began = time(NULL);
     for (int r = 0; r < self->plan.ranks; r++) {
@@ -244,15 +276,9 @@ static int stream_run(void *stream, size_t chunk)
     }
     while (open || self->idle_count < UNDER_WAY || self->arrived < expected) {
         bool moved = false;
-        for (int step = 1; step < self->plan.ranks; step++) {
-            int to = (self->plan.rank + step) % self->plan.ranks;
-            if (self->idle_count == 0 || self->peer[to].sent == self->plan.to_bytes[to])
-                continue;
-            if (send_chunk(self, to, chunk, &moved))
-                return 1;
-            open -= self->peer[to].sent == self->plan.to_bytes[to];
-        }
-        if (drain(self, &moved))
+        if (send_turn(self, chunk, ready, &open, &moved) || drain(self, &moved))
+            return 1;
+        if (self->plan.ready && carry(self, chunk, expected, &ready))
             return 1;
         if (!moved) {
             sched_yield(); /* there may be fewer cores than ranks */
