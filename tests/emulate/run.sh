@@ -14,6 +14,7 @@ run() {
 run "$out/tests/emulate_domains" loop $((percent * 2))
 EPX_EMULATE_SEED=2 run "$out/tests/emulate_domains" sim:1 "$percent"
 [ -e "$out/lib/libepx_ofi.so" ] && run "$out/tests/emulate_domains" ofi:tcp "$percent"
+EPX_EMULATE_SMS=132 run "$out/tests/emulate_domains" loop "$percent" "2 domains of 8"
 export EPX_EMULATE_SHARED=80000 # combine inside a domain takes no less
 run "$out/tests/emulate_graph" 10
 EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp run "$out/tests/emulate_graph" 5

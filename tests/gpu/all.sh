@@ -164,6 +164,20 @@ section_benchnet() {
     bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --op dispatch,dispatch_cached,combine
     bench tcp-2x2 --ranks 4 --domains 2 --net ofi:tcp --iters 5 --tokens 1024 --op dispatch_cached,combine
 }
+section_many() { # between domains, more ranks than GPUs; as processes a GPU runs their kernels one after the other
+    local ranks=16
+    export EPX_TIMEOUT_MS=20000
+    step loop-2x2 15 "$tests/gpu_test_domains" loop "$(pct 6)" "2 domains of 2"
+    step loop-2x8 15 "$tests/gpu_test_domains" loop "$(pct 4)" "2 domains of 8"
+    step sim-2x8 15 "$tests/gpu_test_domains" sim:1 "$(pct 4)" "2 domains of 8"
+    use_fabric
+    [ -n "$ofi" ] || return
+    step tcp-2x2 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 2"
+    step tcp-2x8 20 "$tests/gpu_test_domains" ofi:tcp "$(pct 2)" "2 domains of 8 ranks, rows of 128"
+    step tcp-2x8-own 20 "$tests/gpu_test_domains" ofi:tcp "$(pct 2)" "2 domains of 8 ranks, rows of 512"
+    EPX_TEST_THREADS=1 step tcp-2x8-threads 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 8"
+    bench bench-2x8 --domains 2 --net ofi:tcp --iters 3 --warmup 1 --tokens 256 --op dispatch,dispatch_cached,combine
+}
 pytests() { # NAME SECONDS FILES TESTS...
     # Other plug-ins of pytest cost time, and may start CUDA before ranks are forked.
     export EPX_LIBRARY=$build/lib/libepx.so PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
@@ -232,8 +246,8 @@ if [ "$gpus" -gt 1 ]; then
 else
     sections ll1=100 net=150 llnet=100 ht1=80 py1=70
 fi
-sections benchll=70 benchht=60 python=145 benchnet=25
+sections benchll=70 benchht=60 python=145 benchnet=40
 [ "$gpus" -gt 1 ] || sections memcheck=70
-sections racecheck=100
+sections many=100 racecheck=100
 finish
 [ ! -e "$logs/failed" ]

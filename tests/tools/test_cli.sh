@@ -172,8 +172,19 @@ benches() {
     routing "# of a model" "epx-routing 1 ranks 2 topk 2 experts 4" "tokens 3 1" "0 1" "2 -1" "-1 -1  # nobody" "3 0"
     bench --backend cpu --ranks 2 --routing "$DIR/routing"
     bench --backend cpu --ranks 3 --routing "$DIR/routing"
+    bench_domains
     good "usage: epx bench" bench --help
     good "usage: epx bench" help bench
+}
+
+# Between domains, where libfabric is: every operation has a floor.
+bench_domains() {
+    [ -e "$(dirname "$EPX")/../lib/libepx_bench_ofi.so" ] || return 0
+    for how in "--ranks 2" "--ranks 4 --dtype fp32" "--ranks 4 --threads-as-ranks" "--ranks 2 --dtype fp8 --op dispatch" \
+        "--ranks 2 --tokens 0"; do
+        bench --backend cpu --domains 2 --net ofi:tcp $how
+        ! grep -q '"floor_us": null' "$DIR/json" || note "bench --domains 2 $how: a floor of each operation"
+    done
 }
 
 # ll ARGUMENTS...: all operations of low latency.
