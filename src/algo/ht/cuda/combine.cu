@@ -6,7 +6,8 @@
  * of the owner's reserve, which the owner publishes with its message; the owner's own rows are read where they are.
  * Weights go the same ways.
  *
- * A warp that waits for a pushed row has added and counted all rows of its earlier items, so rings always empty.
+ * A block that has pushed all it had adds too. Who adds the smallest token under way waits for rows that need no room
+ * but what earlier tokens give back, so rings always empty.
  */
 #include <cuda_runtime.h>
 
@@ -61,13 +62,13 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
     ht_source_t *sources = (ht_source_t *)(shared + p.cut.table_offset);
     uint32_t blocks = gridDim.x - p.push_blocks, warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
-    ht_adder_t x = {sources, b, warp * blocks + blockIdx.x - p.push_blocks, blocks * p.cut.warps, p.tokens, false};
-    ht_pick_t pick = {-1, -1};
-    bool ok = true;
-    if (EPX__BULK && p.slots_bulk && warp < p.cut.warps) {
-        x.whole = p.tokens / x.warps * x.warps;
-        pick = pick_at(p, walk_first(p, x).token, threadIdx.x % 32); /* while the messages are on their way */
-    }
+    ht_adder_t x = {sources, b, UINT32_MAX, blocks * p.cut.warps, 0, false};
+    if (blockIdx.x >= p.push_blocks)
+        x.own = warp * blocks + blockIdx.x - p.push_blocks;
+    bool bulk = EPX__BULK && p.slots_bulk, ok = true;
+    ht_loader_t l = {};
+    if (bulk && warp < p.cut.warps)
+        l = loader_first(p, x);
     for (int r = (int)threadIdx.x; r < p.c.ranks && ok; r += (int)blockDim.x)
         ok = read_source(p, b->n, r, &sources[r]);
     fence_proxy_async(); /* where rows are was published by ordinary stores */
@@ -75,36 +76,38 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
         return;
     x.credit = any_credit(p, sources);
     if (warp == announcer && x.credit) {
-        ht_added_t added = {&p, sources};
+        ht_added_t added = {&p, b, sources};
         announce<ht_added_t, account_added>(added, b, p.cut.warps);
     }
     if (warp >= p.cut.warps)
         return;
-    if (EPX__BULK && p.slots_bulk) {
+    if (bulk) {
         ht_stages_t s = stages_init(p.cut, shared);
-        if (x.credit) {
-            x.whole = UINT32_MAX;
-            pick = pick_at(p, x.w, threadIdx.x % 32);
-        }
-        add_tokens<dtype>(p, x, s, pick);
+        add_tokens<dtype>(p, x, s, l);
     } else {
         add_tokens_plain<dtype>(p, x);
     }
     tell_ended(b);
 }
 
-EPX__DEVICE void push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
+/* False: stop. */
+EPX__DEVICE bool push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
     const ht_cut_t &cut = p.push_cut;
     uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
+    bool ok = true;
     if (warp < cut.warps) {
         ht_stages_t s = stages_init(cut, shared);
-        flows_run<ht_combine_t, push_flow>(p, cut, s, b, warp * p.push_blocks + blockIdx.x, p.push_blocks * cut.warps,
-                                           (uint32_t *)(shared + cut.table_offset));
+        ok = flows_run<ht_combine_t, push_flow>(p, cut, s, b, warp * p.push_blocks + blockIdx.x,
+                                                p.push_blocks * cut.warps, (uint32_t *)(shared + cut.table_offset));
         tell_ended(b);
+        stages_end(cut, s);
     } else if (warp == announcer) {
         flows_announce<ht_combine_t, push_flow>(p, cut, b, blockIdx.x, p.push_blocks);
     }
+    ok = __syncthreads_and(ok) != 0;
+    ht_block_again(b);
+    return ok;
 }
 
 template <int dtype>
@@ -117,9 +120,7 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_combine_kernel(c
         return;
     if (blockIdx.x == 0)
         publish_x(p, b.n, lead);
-    if (blockIdx.x < p.push_blocks)
-        push_block(p, &b, shared);
-    else
+    if (blockIdx.x >= p.push_blocks || push_block(p, &b, shared))
         add_block<dtype>(p, &b, shared);
     bulk_wait_done();
     fence_proxy_async();

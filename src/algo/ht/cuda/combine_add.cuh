@@ -1,6 +1,7 @@
 /*
- * combine: adding. A warp loads a piece of all rows of a token into a stage, one buffer a row, while it adds the pieces
- * of the stage before; below sm_90, or with many rows a token, it reads them where they are.
+ * combine: adding. Warps take tokens, whoever is free the next. A warp loads a piece of all rows of a token into a
+ * stage, one buffer a row, while it adds the pieces of the stage before; below sm_90, or with many rows a token, it
+ * reads them where they are.
  */
 #ifndef EPX_ALGO_HT_CUDA_COMBINE_ADD_CUH
 #define EPX_ALGO_HT_CUDA_COMBINE_ADD_CUH
@@ -8,17 +9,43 @@
 #include "algo/ht/cuda/combine_rows.cuh"
 #include "algo/ht/cuda/sum.cuh"
 
+/* An adding warp. */
+typedef struct ht_adder {
+    const ht_source_t *sources;
+    ht_block_t *b;
+    uint32_t own, warps; /* it is warp `own` of so many that add from the start; beyond: one that has been pushing */
+    uint32_t done;       /* tokens added */
+    bool credit;         /* somebody waits for what has been read */
+} ht_adder_t;
+
+EPX__DEVICE ht_turns_t adder_turns(const ht_combine_t &p, const ht_adder_t &x)
+{
+    return turns_first(&p.c.state->taken_rows, x.own, x.warps);
+}
+
+/* ---- telling what has been read ---- */
+
+/* Warp: a token has been added. */
+EPX__DEVICE void count_added(ht_adder_t &x, uint32_t token)
+{
+    if (!x.credit)
+        return;
+    if (threadIdx.x % 32 == 0)
+        leave_item(x.b, x.done, token);
+    tell_items(x.b, ++x.done);
+}
+
 /* For the announcing warp: one token of one adding warp has been read. */
 typedef struct ht_added {
     const ht_combine_t *p;
+    ht_block_t *b;
     const ht_source_t *sources;
 } ht_added_t;
 
 EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, uint32_t i)
 {
     const ht_combine_t &p = *x.p;
-    uint32_t blocks = gridDim.x - p.push_blocks;
-    uint32_t token = warp * blocks + blockIdx.x - p.push_blocks + i * blocks * p.cut.warps;
+    uint32_t token = left_item(x.b, warp, i);
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_pick_t k = pick_at(p, token, slot);
         if (k.rank < 0)
@@ -32,6 +59,8 @@ EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, u
     }
 }
 
+/* ---- adding ---- */
+
 /* Biases and the result of one 16-byte piece. */
 template <int dtype>
 EPX__DEVICE void end_16(const ht_combine_t &p, float *sum, uint64_t at)
@@ -43,30 +72,62 @@ EPX__DEVICE void end_16(const ht_combine_t &p, float *sum, uint64_t at)
     st_global_16(p.out + at, round_16<dtype>(sum));
 }
 
-/* Warp: add the first `rows` buffers of a stage. Two pieces a lane at a time: each covers the other's latency. */
+/* Pieces of 16 bytes that a lane adds together, 512 bytes apart, so that each covers the latency of the others. */
+#define ADD_PIECES 4
+
+template <int dtype>
+EPX__DEVICE void add_pieces_16(float (*sum)[8], const uint4 *v)
+{
+#pragma unroll
+    for (int k = 0; k < ADD_PIECES; k++)
+        add_16<dtype>(sum[k], v[k]);
+}
+
+/* Lane: its pieces from `at` on, of the first `rows` buffers of a stage, then the biases. `all`: every piece is there;
+ * else those before `end`. */
+template <int dtype, bool all>
+EPX__DEVICE void add_group(const ht_combine_t &p, const char *stage, uint32_t rows, uint32_t at, uint32_t end,
+                           uint64_t out)
+{
+    float sum[ADD_PIECES][8] = {};
+    const char *from = stage + at;
+    for (uint32_t j = 0; j < rows; j++, from += p.cut.chunk_bytes) {
+        uint4 v[ADD_PIECES] = {};
+#pragma unroll
+        for (int k = 0; k < ADD_PIECES; k++) {
+            if (all || at + k * 512 < end)
+                v[k] = *(const uint4 *)(from + k * 512);
+        }
+        add_pieces_16<dtype>(sum, v);
+    }
+    for (int b = 0; b < 2; b++) {
+        if (!p.bias[b])
+            continue;
+        uint4 v[ADD_PIECES] = {};
+#pragma unroll
+        for (int k = 0; k < ADD_PIECES; k++) {
+            if (all || at + k * 512 < end)
+                v[k] = ld_global_16(p.bias[b] + out + at + k * 512);
+        }
+        add_pieces_16<dtype>(sum, v);
+    }
+#pragma unroll
+    for (int k = 0; k < ADD_PIECES; k++) {
+        if (all || at + k * 512 < end)
+            st_global_16(p.out + out + at + k * 512, round_16<dtype>(sum[k]));
+    }
+}
+
+/* Warp: add one chunk of the rows of a token, which are the first `rows` buffers of a stage. */
 template <int dtype>
 EPX__DEVICE void add_staged(const ht_combine_t &p, const char *stage, uint32_t rows, uint32_t token, uint32_t chunk)
 {
-    uint32_t bytes = chunk_bytes_of(p, chunk), step = p.cut.chunk_bytes;
+    uint32_t end = chunk_bytes_of(p, chunk), lane = threadIdx.x % 32 * 16, at = 0;
     uint64_t out = token * p.row_bytes + chunk * p.cut.chunk_bytes;
-    uint32_t v = threadIdx.x % 32 * 16;
-    for (; v + 512 < bytes; v += 1024) {
-        float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0}, more[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        const char *from = stage + v;
-        for (uint32_t j = 0; j < rows; j++, from += step) {
-            uint4 a = *(const uint4 *)from, b = *(const uint4 *)(from + 512);
-            add_16<dtype>(sum, a);
-            add_16<dtype>(more, b);
-        }
-        end_16<dtype>(p, sum, out + v);
-        end_16<dtype>(p, more, out + v + 512);
-    }
-    if (v < bytes) {
-        float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        for (uint32_t j = 0; j < rows; j++)
-            add_16<dtype>(sum, *(const uint4 *)(stage + j * step + v));
-        end_16<dtype>(p, sum, out + v);
-    }
+    for (; at + ADD_PIECES * 512 <= end; at += ADD_PIECES * 512)
+        add_group<dtype, true>(p, stage, rows, lane + at, end, out);
+    if (at < end)
+        add_group<dtype, false>(p, stage, rows, lane + at, end, out);
 }
 
 /* Warp: a token's whole row straight from where its rows are, any number of them. */
@@ -101,53 +162,24 @@ EPX__DEVICE void add_weights(const ht_combine_t &p, const ht_source_t *sources, 
     p.out_weights[(size_t)token * p.topk + lane] = sum;
 }
 
-/* An adding warp: every `warps`-th token from `w` on, below `whole`; what is left is dealt out chunk by chunk. */
-typedef struct ht_adder {
-    const ht_source_t *sources;
-    ht_block_t *b;
-    uint32_t w, warps;
-    uint32_t whole;
-    bool credit; /* somebody waits for what has been read */
-} ht_adder_t;
-
-/*
- * A warp's way. The tokens do not divide evenly among the warps: were the last ones dealt out whole, some warps would
- * work a whole token longer than others. Where progress is told, it is told by whole tokens.
- */
-typedef struct ht_walk {
-    uint32_t token, chunk;
-    uint32_t piece; /* number among the chunks that are left over */
-} ht_walk_t;
-
-EPX__DEVICE ht_walk_t walk_left(const ht_combine_t &p, const ht_adder_t &x, uint32_t piece)
-{
-    return ht_walk_t{x.whole + piece / p.cut.chunks, piece % p.cut.chunks, piece};
-}
-EPX__DEVICE ht_walk_t walk_first(const ht_combine_t &p, const ht_adder_t &x)
-{
-    return x.w < x.whole ? ht_walk_t{x.w, 0, 0} : walk_left(p, x, x.w);
-}
-EPX__DEVICE bool walk_stays(const ht_combine_t &p, const ht_adder_t &x, const ht_walk_t &at)
-{
-    return at.token < x.whole && at.chunk + 1 < p.cut.chunks;
-}
-/* The first chunk of what comes after this token (or left-over chunk). */
-EPX__DEVICE ht_walk_t walk_after(const ht_combine_t &p, const ht_adder_t &x, const ht_walk_t &at)
-{
-    if (at.token >= x.whole)
-        return walk_left(p, x, at.piece + x.warps);
-    return at.token + x.warps < x.whole ? ht_walk_t{at.token + x.warps, 0, 0} : walk_left(p, x, x.w);
-}
-
 /* What an adding warp loads next: where it is, and lane j's row. */
 typedef struct ht_loader {
-    ht_walk_t at;
-    bool open;            /* the token's rows have come, `from` and `rows` are its */
-    uint32_t stage, rows; /* rows: of the token */
-    uint32_t rows_in;     /* rows in each stage, 8 bits each */
-    ht_pick_t pick, next; /* of this token, and of the one after */
-    const char *from;     /* lane's row; NULL: none */
+    ht_turns_t at;
+    uint32_t chunk, stage;
+    bool open;                  /* the token's rows have come, `from` and `rows` are its */
+    uint32_t rows;              /* of the token */
+    ht_pick_t pick, next;       /* of this token, and of the one after */
+    const char *from;           /* lane's row; NULL: none */
+    uint32_t in_rows, in_token; /* lane s: what stage s holds */
 } ht_loader_t;
+
+/* Warp: where it starts, looked up while messages are on their way. */
+EPX__DEVICE ht_loader_t loader_first(const ht_combine_t &p, const ht_adder_t &x)
+{
+    ht_loader_t l = {adder_turns(p, x), 0, 0, false, 0, {-1, -1}, {-1, -1}, NULL, 0, 0};
+    l.pick = pick_at(p, l.at.now, threadIdx.x % 32);
+    return l;
+}
 
 /* Warp: at a new token, have its rows come? Lane's row is where it says then. 1 yes, 0 not yet, -1 stop. */
 EPX__DEVICE int open_token(const ht_combine_t &p, const ht_adder_t &x, ht_loader_t *l, bool wait)
@@ -158,7 +190,7 @@ EPX__DEVICE int open_token(const ht_combine_t &p, const ht_adder_t &x, ht_loader
     l->rows = (uint32_t)__popc(__ballot_sync(0xffffffffu, l->pick.rank >= 0));
     if (l->from && x.sources[l->pick.rank].x_ring)
         fence_proxy_async(); /* announced by a word, read by the engine */
-    l->next = pick_at(p, walk_after(p, x, l->at).token, threadIdx.x % 32);
+    l->next = pick_at(p, l->at.coming, threadIdx.x % 32);
     l->open = true;
     return 1;
 }
@@ -166,79 +198,74 @@ EPX__DEVICE int open_token(const ht_combine_t &p, const ht_adder_t &x, ht_loader
 /* Warp: start loading one chunk of every row of the token into the next stage. 1 done, 0 nothing (yet), -1 stop. */
 EPX__DEVICE int load_chunk(const ht_combine_t &p, const ht_adder_t &x, const ht_stages_t &s, ht_loader_t *l, bool wait)
 {
-    if (l->at.token >= p.tokens)
+    if (l->at.now >= p.tokens)
         return 0;
     if (!l->open) {
         int opened = open_token(p, x, l, wait);
         if (opened != 1)
             return opened;
     }
-    uint32_t bytes = chunk_bytes_of(p, l->at.chunk), lane = threadIdx.x % 32;
+    uint32_t bytes = chunk_bytes_of(p, l->chunk), lane = threadIdx.x % 32;
     if (lane == 0)
         mbarrier_expect_bytes(&s.bars[l->stage], l->rows * bytes);
     __syncwarp();
     if (l->from)
-        bulk_load(stage_at(s, l->stage) + lane * p.cut.chunk_bytes, l->from + l->at.chunk * p.cut.chunk_bytes, bytes,
+        bulk_load(stage_at(s, l->stage) + lane * p.cut.chunk_bytes, l->from + l->chunk * p.cut.chunk_bytes, bytes,
                   &s.bars[l->stage]);
-    l->rows_in = (l->rows_in & ~(0xffu << 8 * l->stage)) | l->rows << 8 * l->stage;
+    if (lane == l->stage) {
+        l->in_rows = l->rows;
+        l->in_token = l->at.now;
+    }
     l->stage = l->stage + 1 == p.cut.stages ? 0 : l->stage + 1;
-    if (walk_stays(p, x, l->at)) {
-        l->at.chunk++;
-    } else {
-        l->at = walk_after(p, x, l->at);
+    if (++l->chunk == p.cut.chunks) {
+        turns_next(&l->at);
+        l->chunk = 0;
         l->pick = l->next;
         l->open = false;
     }
     return 1;
 }
 
-/* Warp: all it has to add through the stages, as far ahead as the rows have come. `pick`: of its first token. */
+/* Warp: all it has to add through the stages, as far ahead as the rows have come. False: stop. */
 template <int dtype>
-EPX__DEVICE bool add_tokens(const ht_combine_t &p, const ht_adder_t &x, ht_stages_t &s, ht_pick_t pick)
+EPX__DEVICE bool add_tokens(const ht_combine_t &p, ht_adder_t &x, ht_stages_t &s, ht_loader_t &l)
 {
-    ht_walk_t at = walk_first(p, x);
-    ht_loader_t l = {at, false, 0, 0, 0, pick, {-1, -1}, NULL};
-    uint32_t i = 0, loaded = 0, done = 0;
-    while (at.token < p.tokens) {
+    uint32_t i = 0, loaded = 0, chunk = 0;
+    for (;;) {
         int more = 1;
         while (loaded < p.cut.stages && more == 1) {
             more = load_chunk(p, x, s, &l, loaded == 0);
             loaded += more == 1;
         }
         if (loaded == 0)
-            return false;
+            return more == 0;
+        uint32_t token = __shfl_sync(0xffffffffu, l.in_token, (int)i);
         stage_wait(s, i);
-        add_staged<dtype>(p, stage_at(s, i), l.rows_in >> 8 * i & 0xffu, at.token, at.chunk);
+        add_staged<dtype>(p, stage_at(s, i), __shfl_sync(0xffffffffu, l.in_rows, (int)i), token, chunk);
         __syncwarp();
         i = i + 1 == p.cut.stages ? 0 : i + 1;
         loaded--;
-        if (at.chunk + 1 == p.cut.chunks) {
-            add_weights(p, x.sources, at.token);
-            if (x.credit)
-                tell_progress(x.b, ++done);
+        if (++chunk == p.cut.chunks) {
+            chunk = 0;
+            add_weights(p, x.sources, token);
+            count_added(x, token);
         }
-        if (walk_stays(p, x, at))
-            at.chunk++;
-        else
-            at = walk_after(p, x, at);
     }
-    return true;
 }
 
 template <int dtype>
-EPX__DEVICE bool add_tokens_plain(const ht_combine_t &p, const ht_adder_t &x)
+EPX__DEVICE bool add_tokens_plain(const ht_combine_t &p, ht_adder_t &x)
 {
-    uint32_t lane = threadIdx.x % 32, done = 0;
-    for (uint32_t token = x.w; token < p.tokens; token += x.warps) {
+    uint32_t lane = threadIdx.x % 32;
+    for (ht_turns_t at = adder_turns(p, x); at.now < p.tokens; turns_next(&at)) {
         bool ok = true;
         for (uint32_t j = lane; j < p.h.slots && ok; j += 32)
-            ok = row_ready(p, x.sources, x.b->n, pick_at(p, token, j), true);
+            ok = row_ready(p, x.sources, x.b->n, pick_at(p, at.now, j), true);
         if (!__all_sync(0xffffffffu, ok))
             return false;
-        add_plain<dtype>(p, x.sources, token);
-        add_weights(p, x.sources, token);
-        if (x.credit)
-            tell_progress(x.b, ++done);
+        add_plain<dtype>(p, x.sources, at.now);
+        add_weights(p, x.sources, at.now);
+        count_added(x, at.now);
     }
     return true;
 }

@@ -69,6 +69,7 @@ static void cut_device(ht_cuda_t *h, cutter_t *c)
     h->state = cut(c, 1, sizeof *h->state);
     h->produced = cut(c, ranks * HT_WORDS, 4);
     h->consumed = cut(c, ranks * HT_WORDS, 4);
+    h->taken = cut(c, ranks, 4);
     h->expert_count = cut(c, config->experts_max, 4);
     h->peers = cut(c, ranks, sizeof(char *));
     h->domain_of = cut(c, ranks, 4);

@@ -1,9 +1,10 @@
 /*
  * Stages in shared memory for the bulk copy engine, and flows: rows of one peer moved in order, batch by batch.
  *
- * A flow has N rows, C of them a batch. A batch may be moved once its gate word allows: the rows have arrived (copying
- * out), or the ring's earlier rows have been read (pushing). When all rows of a batch have been moved, by whichever
- * warps, the last one publishes the batch's word at the peer. Words are kept per batch modulo HT_WORDS and only grow.
+ * A flow has N rows, C of them a batch. Warps take rows in ascending order, whoever is free the next. A batch may be
+ * moved once its gate word allows: the rows have arrived (copying out), or the ring's earlier rows have been read
+ * (pushing). When all rows of a batch have been moved, by whichever warps, the last one publishes the batch's word at
+ * the peer. Words are kept per batch modulo HT_WORDS and only grow.
  *
  * A warp that serves several peers never waits for one of them: it looks at each in turn (see docs/PROTOCOL-HT.md, why
  * a fixed order can close a circle).
@@ -34,6 +35,14 @@ EPX__DEVICE ht_stages_t stages_init(const ht_cut_t &cut, char *shared)
     __syncwarp();
     return s;
 }
+/* Warp: no copy is under way any more; the shared memory may be cut otherwise. */
+EPX__DEVICE void stages_end(const ht_cut_t &cut, const ht_stages_t &s)
+{
+    bulk_wait_done();
+    __syncwarp();
+    for (uint32_t i = 0; threadIdx.x % 32 == 0 && i < cut.stages; i++)
+        mbarrier_inval(&s.bars[i]);
+}
 EPX__DEVICE char *stage_at(const ht_stages_t &s, uint32_t i)
 {
     return s.memory + (size_t)i * s.bytes;
@@ -44,6 +53,47 @@ EPX__DEVICE void stage_wait(ht_stages_t &s, uint32_t i)
     while (!mbarrier_try_wait(&s.bars[i], s.parity >> i & 1))
         ;
     s.parity ^= 1u << i;
+}
+
+/* ---- turns ---- */
+
+/*
+ * A warp's way through items that `warps` warps share. The first two items of each are its own from the start, so that
+ * nobody waits to begin; the later ones are what nobody has yet, in ascending order, by a counter in device memory that
+ * is 0 when a kernel begins. SMs differ in speed, and so do their ways to a link: with equal shares the slowest would
+ * hold all others up. What is taken is looked at an item later, when the answer is there.
+ */
+typedef struct ht_turns {
+    uint32_t now, coming;
+    uint32_t turn; /* lane 0 */
+    uint32_t warps;
+    uint32_t *counter;
+} ht_turns_t;
+
+EPX__DEVICE uint32_t turn_take(const ht_turns_t &t)
+{
+    return threadIdx.x % 32 == 0 ? add_relaxed_gpu_u32(t.counter, 1) : 0;
+}
+EPX__DEVICE uint32_t turn_item(const ht_turns_t &t, uint32_t turn)
+{
+    return 2 * t.warps + __shfl_sync(0xffffffffu, turn, 0);
+}
+/* `own` from `warps` on: a warp that joins later, with no items of its own. */
+EPX__DEVICE ht_turns_t turns_first(uint32_t *counter, uint32_t own, uint32_t warps)
+{
+    ht_turns_t t = {own, own + warps, 0, warps, counter};
+    if (own >= warps) {
+        t.now = turn_item(t, turn_take(t));
+        t.coming = turn_item(t, turn_take(t));
+    }
+    t.turn = turn_take(t);
+    return t;
+}
+EPX__DEVICE void turns_next(ht_turns_t *t)
+{
+    t->now = t->coming;
+    t->coming = turn_item(*t, t->turn);
+    t->turn = turn_take(*t);
 }
 
 /* ---- flows ---- */
@@ -81,23 +131,19 @@ EPX__DEVICE uint64_t flow_to(const ht_flow_t &f, uint32_t p)
     return f.to_first + (f.to_ring ? p % f.to_ring : p);
 }
 
-EPX__DEVICE bool gate_open(const ht_flow_t &f, uint64_t n, uint32_t p)
+/* Warp: may row p be moved? Each lane looks at one batch, so that a look, which is a way to memory, serves 32 of them:
+ * all before batch *open are known to be. */
+EPX__DEVICE bool gate_open(const ht_flow_t &f, uint64_t n, uint32_t p, uint32_t *open)
 {
-    uint32_t b = p / f.batch;
-    if (b < f.gate_lag)
+    uint32_t b = p / f.batch, mine = b - f.gate_lag + threadIdx.x % 32;
+    if (b < f.gate_lag || b - f.gate_lag < *open)
         return true;
-    b -= f.gate_lag;
-    return ld_acquire_sys_u64(&f.gate[b % HT_WORDS]) >= batch_word(n, b);
-}
-
-/* Warp: row p, and how many of the warp's rows after it, may be moved; 0: none yet. Each lane looks at one row's gate,
- * so that a look, which is a way to memory, serves 32 rows. */
-EPX__DEVICE uint32_t gates_open(const ht_flow_t &f, uint64_t n, uint32_t p, uint32_t step)
-{
-    uint64_t mine = p + (uint64_t)(threadIdx.x % 32) * step;
-    uint32_t shut = __ballot_sync(0xffffffffu, mine < f.rows && !gate_open(f, n, (uint32_t)mine));
+    bool last = mine >= (f.rows + f.batch - 1) / f.batch; /* no such batch */
+    uint32_t shut =
+        __ballot_sync(0xffffffffu, !last && ld_acquire_sys_u64(&f.gate[mine % HT_WORDS]) < batch_word(n, mine));
     __syncwarp(); /* what one lane has seen is seen by all */
-    return shut ? (uint32_t)__ffs((int)shut) - 1 : 32;
+    *open = b - f.gate_lag + (shut ? (uint32_t)__ffs((int)shut) - 1 : 32);
+    return (shut & 1) == 0;
 }
 
 /* Rows of batch b. */
@@ -133,14 +179,31 @@ EPX__DEVICE void flow_count(const ht_flow_t &f, uint64_t n, uint32_t p)
  * only says in shared memory how many of its items are done; one more warp of the block makes one fence for all that
  * has come together meanwhile, and counts.
  */
-EPX__DEVICE void tell_progress(ht_block_t *b, uint32_t done)
+EPX__DEVICE void tell_items(ht_block_t *b, uint32_t done)
 {
-    fence_proxy_async(); /* what the engine wrote, before what is said about it */
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
         __threadfence_block();
         atomicExch(&b->progress[threadIdx.x / 32], done);
     }
+}
+EPX__DEVICE void tell_progress(ht_block_t *b, uint32_t done)
+{
+    fence_proxy_async(); /* what the engine wrote, before what is said about it */
+    tell_items(b, done);
+}
+/* Where items are taken rather than dealt out: one thread of the warp leaves the number of item `done`, before it is
+ * told, for the announcing warp, which must have looked at the one that lay there. */
+EPX__DEVICE void leave_item(ht_block_t *b, uint32_t done, uint32_t item)
+{
+    uint32_t warp = threadIdx.x / 32;
+    while (done - atomicOr(&b->told[warp], 0u) >= HT_TURNS)
+        __nanosleep(100);
+    atomicExch(&b->item[warp][done % HT_TURNS], item);
+}
+EPX__DEVICE uint32_t left_item(ht_block_t *b, uint32_t warp, uint32_t i)
+{
+    return atomicOr(&b->item[warp][i % HT_TURNS], 0u);
 }
 EPX__DEVICE void tell_ended(ht_block_t *b)
 {
@@ -191,9 +254,59 @@ EPX__DEVICE void flow_move_parts(const ht_flow_t &f, uint32_t p)
     }
 }
 
+/* Which peers a warp serves. */
+typedef struct ht_share {
+    uint32_t first, next; /* peers first, first + next, ... in the list of peers */
+    uint32_t own, warps;  /* it is warp `own` of so many that serve the peer */
+    bool several;         /* peers this warp may have to serve, each alone: it counts rows itself */
+} ht_share_t;
+
+EPX__DEVICE ht_share_t share_of(uint32_t w, uint32_t warps, uint32_t peers)
+{
+    ht_share_t s = {w, warps, 0, 1, true};
+    if (warps >= peers) {
+        s.first = w % peers;
+        s.next = peers;
+        s.own = w / peers;
+        s.warps = (warps - s.first + peers - 1) / peers;
+        s.several = false;
+    }
+    return s;
+}
+EPX__DEVICE int peer_at(const ht_common_t &c, uint32_t i)
+{
+    return (int)(i < (uint32_t)c.rank ? i : i + 1);
+}
+
+/* A warp on its flows. */
+typedef struct ht_runner {
+    ht_block_t *b;
+    ht_share_t share;
+    ht_turns_t at; /* rows of the flow it is at */
+    uint32_t open; /* its batches whose gates are known to be open */
+    uint32_t done; /* rows moved, in all */
+} ht_runner_t;
+
+/* Warp: rows have been moved, the last of them `last`. When they are written, tell, or count them itself. */
+EPX__DEVICE void rows_moved(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
+{
+    bulk_wait_done();
+    if (!r.share.several) {
+        tell_progress(r.b, r.done);
+    } else {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            fence_proxy_async();
+            fence_acq_rel_sys();
+            flow_count(f, r.b->n, last);
+        }
+    }
+}
+
 /* Warp: the payload of one row: as many pieces as there are stages are loaded together, then stored one by one. Leaves
- * stores under way. */
-EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, uint32_t p)
+ * stores under way. The row before, if `tell`, is told while the first pieces are on their way. */
+EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r, uint32_t p,
+                             bool tell, uint32_t last)
 {
     const char *from = f.x + flow_from(f, p) * f.x_stride;
     char *to = f.x_to + flow_to(f, p) * f.x_to_stride;
@@ -210,6 +323,9 @@ EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_
             mbarrier_expect_bytes(&s.bars[i], bytes);
             bulk_load(stage_at(s, i), from + i * cut.stage_bytes, bytes, &s.bars[i]);
         }
+        if (tell)
+            rows_moved(f, r, last);
+        tell = false;
         for (uint32_t i = 0; i < pieces; i++) {
             uint32_t bytes = left < cut.stage_bytes ? left : cut.stage_bytes;
             stage_wait(s, i);
@@ -223,84 +339,45 @@ EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_
         __syncwarp();
     }
 #else
+    if (tell)
+        rows_moved(f, r, last);
     for (uint64_t at = threadIdx.x % 32 * 16; at < f.x_bytes; at += 512)
         st_global_16(to + at, ld_global_16(from + at));
 #endif
 }
 
-/* Which peers a warp serves, and which of their rows: every `step`-th from `own` on. */
-typedef struct ht_share {
-    uint32_t first, next; /* peers first, first + next, ... in the list of peers */
-    uint32_t own, step;
-    bool several; /* peers this warp may have to serve: it counts rows itself */
-} ht_share_t;
-
-EPX__DEVICE ht_share_t share_of(uint32_t w, uint32_t warps, uint32_t peers)
+/* Warp: row p is next to be moved; for the announcing warp it is item number r.done of this one. */
+EPX__DEVICE void row_taken(const ht_flow_t &f, ht_runner_t &r, uint32_t p)
 {
-    ht_share_t s = {w, warps, 0, 1, true};
-    if (warps >= peers) {
-        s.first = w % peers;
-        s.next = peers;
-        s.own = w / peers;
-        s.step = (warps - s.first + peers - 1) / peers;
-        s.several = false;
-    }
-    return s;
-}
-EPX__DEVICE int peer_at(const ht_common_t &c, uint32_t i)
-{
-    return (int)(i < (uint32_t)c.rank ? i : i + 1);
+    if (f.publish && !r.share.several && threadIdx.x % 32 == 0)
+        leave_item(r.b, r.done, p);
+    r.done++;
+    if (r.share.several)
+        r.at.now++;
+    else
+        turns_next(&r.at);
 }
 
-/* A warp on its flows. */
-typedef struct ht_runner {
-    ht_block_t *b;
-    ht_share_t share;
-    uint32_t done; /* rows moved, in all */
-} ht_runner_t;
-
-/* Warp: its rows but the newest are written. Tell, or count them itself. */
-EPX__DEVICE void rows_written(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
+/* Warp: as many of its rows as the gate lets through. True if any. */
+EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r)
 {
-    if (!f.publish)
-        return;
-    if (!r.share.several) {
-        tell_progress(r.b, r.done);
-    } else {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            fence_proxy_async();
-            fence_acq_rel_sys();
-            flow_count(f, r.b->n, last);
-        }
-    }
-}
-
-/* Warp: as many rows as the gate lets through, from *cursor on in steps. True if any. */
-EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r, uint32_t *cursor)
-{
-    uint32_t p = *cursor, last = 0, open = 0;
+    uint32_t last = 0;
     bool moved = false;
-    for (; p < f.rows; p += r.share.step, open--) {
-        if (open == 0 && (open = gates_open(f, r.b->n, p, r.share.step)) == 0)
-            break;
-        flow_move_parts(f, p);
+    while (r.at.now < f.rows && gate_open(f, r.b->n, r.at.now, &r.open)) {
+        uint32_t p = r.at.now;
+        bool tell = f.publish && moved;
         if (f.x_bytes)
-            flow_move_x(f, cut, s, p);
-        if (f.publish && moved) { /* the row before is written by now, but for the newest group */
-            bulk_wait_done_but_1();
-            rows_written(f, r, last);
-        }
+            flow_move_x(f, cut, s, r, p, tell, last);
+        else if (tell)
+            rows_moved(f, r, last);
+        flow_move_parts(f, p);
+        row_taken(f, r, p);
         last = p;
         moved = true;
-        r.done++;
     }
-    if (f.publish && moved) {
-        bulk_wait_done();
-        rows_written(f, r, last);
-    }
+    if (f.publish && moved)
+        rows_moved(f, r, last);
     __syncwarp();
-    *cursor = p;
     return moved;
 }
 
@@ -332,18 +409,19 @@ __device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s
                           uint32_t warps, uint32_t *cursors)
 {
     const ht_common_t &c = p.c;
-    uint32_t peers = (uint32_t)c.ranks - 1, alone = 0;
+    uint32_t peers = (uint32_t)c.ranks - 1;
     if (peers == 0)
         return true;
-    ht_runner_t r = {b, share_of(w, warps, peers), 0};
+    ht_runner_t r = {b, share_of(w, warps, peers), {}, 0, 0};
     for (uint32_t i = r.share.first + threadIdx.x % 32 * r.share.next; r.share.several && i < peers;
          i += 32 * r.share.next)
         cursors[i] = 0;
     __syncwarp();
-    ht_flow_t f;
+    if (!r.share.several)
+        r.at = turns_first(&c.taken[peer_at(c, r.share.first)], r.share.own, r.share.warps);
+    ht_flow_t f = {};
     f.peer = -1;
     uint64_t idle_since = 0;
-    alone = r.share.own; /* the cursor of a warp with one peer */
     for (uint32_t rounds = 1;; rounds++) {
         bool left = false, moved = false;
         int waiting = -1;
@@ -351,15 +429,18 @@ __device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s
             int peer = peer_at(c, i);
             if (f.peer != peer && !__all_sync(0xffffffffu, make(p, b->n, peer, &f)))
                 return false;
-            uint32_t cursor = r.share.several ? cursors[i] : alone;
-            if (cursor >= f.rows)
+            if (r.share.several) {
+                r.at.now = cursors[i];
+                r.open = 0;
+            }
+            if (r.at.now >= f.rows)
                 continue;
-            moved = flow_drain(f, cut, s, r, &cursor) || moved;
-            left = left || cursor < f.rows;
-            waiting = cursor < f.rows ? peer : waiting;
-            alone = cursor;
+            moved = flow_drain(f, cut, s, r) || moved;
+            left = left || r.at.now < f.rows;
+            waiting = r.at.now < f.rows ? peer : waiting;
+            __syncwarp();
             if (r.share.several && threadIdx.x % 32 == 0)
-                cursors[i] = cursor;
+                cursors[i] = r.at.now;
             __syncwarp();
         }
         if (!left)
@@ -374,13 +455,12 @@ __device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s
 /* What the announcing warp's lane knows about the warp it follows. */
 typedef struct ht_followed {
     ht_flow_t f;
-    ht_share_t share;
+    ht_block_t *b;
 } ht_followed_t;
 
 EPX__DEVICE void account_row(const ht_followed_t &x, uint64_t n, uint32_t warp, uint32_t i)
 {
-    (void)warp;
-    flow_count(x.f, n, x.share.own + i * x.share.step);
+    flow_count(x.f, n, left_item(x.b, warp, i));
 }
 
 /* Announcing warp beside flows_run; `first` and `blocks`: of the blocks that run flows. */
@@ -391,9 +471,9 @@ __device__ void flows_announce(const params_t &p, const ht_cut_t &cut, ht_block_
     if (peers == 0 || warps < peers)
         return;
     ht_followed_t x;
-    bool ok = true;
-    x.share = share_of((lane < cut.warps ? lane : 0) * blocks + block, warps, peers);
-    ok = make(p, b->n, peer_at(p.c, x.share.first), &x.f);
+    x.b = b;
+    ht_share_t share = share_of((lane < cut.warps ? lane : 0) * blocks + block, warps, peers);
+    bool ok = make(p, b->n, peer_at(p.c, share.first), &x.f);
     if (__all_sync(0xffffffffu, ok) && __any_sync(0xffffffffu, x.f.publish != NULL))
         announce<ht_followed_t, account_row>(x, b, cut.warps);
 }

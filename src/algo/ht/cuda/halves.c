@@ -37,6 +37,7 @@ ht_common_t epx__ht_cuda_common(ht_cuda_t *h, enum epx__kind kind, uint32_t gene
                          .host = h->host,
                          .produced = h->produced,
                          .consumed = h->consumed,
+                         .taken = h->taken,
                          .rails = h->rails,
                          .timeout_ns = (timeout_ms ? timeout_ms : x->config.timeout_ms) * 1000000u,
                          .kind = (uint32_t)kind,
@@ -425,9 +426,9 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
     bool push_x = p.x_offset == 0, push_weights = topk && p.weights_offset == 0;
     if (peers && (push_x || push_weights)) {
         blocks = blocks < 2 ? 2 : blocks;
-        /* Others' rows are pushed, all are added, and a row takes as long either way: of 24 blocks for two ranks 8 were
-         * better than 7 and than 10 (2 x H100: 278, 289 and 285 us). */
-        p.push_blocks = push_x ? blocks * peers / (2 * peers + 1) : 1;
+        /* Others' rows are pushed, all are added; pushing a row costs about 10/7 of adding one, and who has pushed
+         * adds. Of 24 blocks for two ranks that is 10: 235 us, with 8 259, 9 240, 12 236, 14 244 (2 x H100). */
+        p.push_blocks = push_x ? blocks * 10 * peers / (17 * peers + 7) : 1;
         p.push_blocks = p.push_blocks ? p.push_blocks : 1;
     }
     epx__ht_scope_t s;

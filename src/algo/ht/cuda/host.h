@@ -20,7 +20,7 @@ typedef struct ht_cuda {
     ht_host_t *host;
     char **peers;                                                         /* device */
     int32_t *rank_of, *local_of, *expert_list, *expert_start, *domain_of; /* device; the first four with a map */
-    uint32_t *produced, *consumed, *bit, *before, *expert_count;
+    uint32_t *produced, *consumed, *taken, *bit, *before, *expert_count;
     uint64_t *recv_max_of;
     uint32_t groups_max;
     uint32_t *works;      /* pinned, of check */

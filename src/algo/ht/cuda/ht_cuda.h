@@ -56,7 +56,7 @@ typedef struct ht_state {
     uint32_t barrier;     /* arrivals at begin's grid barrier; 0 between kernels */
     uint32_t fault;       /* 1: somebody has taken the right to write the host's record */
     uint32_t bad_ids;     /* ever */
-    /* Rows kernels: how often a warp has taken the next tokens, of rows and of ids. 0 between kernels. */
+    /* How often a warp has taken the next token, of rows (to send, to add) and of ids. 0 between kernels. */
     uint32_t taken_rows, taken_ids;
 } ht_state_t;
 
@@ -110,6 +110,7 @@ typedef struct ht_common {
     ht_host_t *host;
     uint32_t *produced; /* [ranks][HT_WORDS] rows put towards that peer, of a batch under way; 0 when it is complete */
     uint32_t *consumed; /* likewise: rows taken */
+    uint32_t *taken;    /* [ranks] how often a warp has taken the next row of that peer to move. 0 between kernels */
     const ht_rails_t *rails; /* device; NULL with one domain */
     uint64_t timeout_ns;
     uint32_t kind, generation;

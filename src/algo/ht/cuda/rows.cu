@@ -101,7 +101,8 @@ EPX__DEVICE void send_side(const ht_rows_t &p, char *to, uint32_t token)
     }
 }
 
-/* A sending warp: tokens `warp`, `warp` + `warps`, and then those that next_token says. */
+/* A sending warp. Its tokens ascend, and all smaller ones are taken: so whoever has the smallest of those under way
+ * waits for nobody's room but what earlier tokens give back. */
 typedef struct ht_sender {
     const ht_dest_t *dests;
     ht_block_t *b;
@@ -186,28 +187,11 @@ EPX__DEVICE void send_ahead(const ht_rows_t &p, const ht_sender_t &x, const ht_s
     }
 }
 
-/* Lane 0: take a turn; what comes back is looked at a token later, when it is there. */
-EPX__DEVICE uint32_t take_turn(const ht_rows_t &p, const ht_sender_t &x)
-{
-    return x.lane == 0 ? add_relaxed_gpu_u32(&p.c.state->taken_rows, 1) : 0;
-}
-/* Warp: the token of that turn. A warp's tokens ascend, and all smaller ones are taken: so whoever has the smallest of
- * those under way waits for nobody's room but what earlier tokens give back. */
-EPX__DEVICE uint32_t token_of_turn(const ht_sender_t &x, uint32_t turn)
-{
-    return 2 * x.warps + __shfl_sync(0xffffffffu, turn, 0);
-}
-
-/* Warp: token number x.done of this warp is on its way; those before it are written. The warp that tells finds in the
- * block which token that is, and must have looked at the one that lay there before. */
+/* Warp: token number x.done of this warp is on its way; those before it are written. */
 EPX__DEVICE void count_token(ht_sender_t &x, uint32_t token)
 {
-    uint32_t warp = threadIdx.x / 32;
-    if (x.lane == 0) {
-        while (x.done - atomicOr(&x.b->told[warp], 0u) >= HT_TURNS)
-            __nanosleep(100);
-        atomicExch(&x.b->token[warp][x.done % HT_TURNS], token);
-    }
+    if (x.lane == 0)
+        leave_item(x.b, x.done, token);
     bulk_wait_done_but_1(); /* a token of many chunks a little late */
     tell_progress(x.b, x.done++);
 }
@@ -216,14 +200,15 @@ EPX__DEVICE void count_token(ht_sender_t &x, uint32_t token)
  * where the token after it goes. */
 EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, ht_aim_t a, ht_aim_t next)
 {
-    ht_item_t item = {x.warp, 0};
+    ht_turns_t at = turns_first(&p.c.state->taken_rows, x.warp, x.warps);
+    ht_item_t item = {at.now, 0};
     ht_choice_t c = {x.lane, -1, 0.0f};
-    uint32_t i = 0, coming = x.warp + x.warps, turn = take_turn(p, x); /* coming: the token that `next` is of */
+    uint32_t i = 0;
     bool ok = true;
     while (item.token < p.tokens && ok) {
         bool used = __any_sync(0xffffffffu, aimed(p, a)) != 0, last = !used || item.chunk + 1 == p.cut.chunks;
         uint32_t then = i + 1 == p.cut.stages ? 0 : i + 1;
-        ht_item_t ahead = {last ? coming : item.token, last ? 0 : item.chunk + 1};
+        ht_item_t ahead = {last ? at.coming : item.token, last ? 0 : item.chunk + 1};
         bool loading = last ? __any_sync(0xffffffffu, aimed(p, next)) != 0 : true;
         if (then != i && loading)
             send_ahead(p, x, s, then, ahead);
@@ -248,9 +233,8 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
             stage_wait(s, then); /* the engine still writes shared memory: do not leave before */
         if (last) {
             a = next;
-            coming = token_of_turn(x, turn);
-            next = aim_at(p, coming, x.lane);
-            turn = take_turn(p, x);
+            turns_next(&at);
+            next = aim_at(p, at.coming, x.lane);
         }
         item = ahead;
         i = then;
@@ -271,7 +255,7 @@ typedef struct ht_sent {
 EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uint32_t i)
 {
     const ht_rows_t &p = *x.p;
-    uint32_t token = atomicOr(&x.b->token[warp][i % HT_TURNS], 0u);
+    uint32_t token = left_item(x.b, warp, i);
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_aim_t a = aim_at(p, token, slot);
         if (a.rank == AIM_FAR)

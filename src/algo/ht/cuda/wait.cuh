@@ -20,8 +20,8 @@ typedef struct ht_block {
     uint32_t ended;                  /* worker warps that are through */
     uint32_t progress[HT_WARPS_MAX]; /* items of each that are written (or read) and can be told */
     uint32_t told[HT_WARPS_MAX];     /* and those that were */
-    /* Sending rows: the tokens that those items are, of each warp's newest. */
-    uint32_t token[HT_WARPS_MAX][HT_TURNS];
+    /* Where items are taken (flow.cuh): which ones those are, of each warp's newest. */
+    uint32_t item[HT_WARPS_MAX][HT_TURNS];
 } ht_block_t;
 static_assert(sizeof(ht_block_t) + 256 <= HT_SHARED_OWN, "and a little for others");
 
@@ -285,6 +285,16 @@ EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uin
 
 /* ---- entering and leaving a half ---- */
 
+/* Block: its warps start anew to say how far they are. */
+EPX__DEVICE void ht_block_again(ht_block_t *b)
+{
+    if (threadIdx.x < HT_WARPS_MAX)
+        b->progress[threadIdx.x] = b->told[threadIdx.x] = 0;
+    if (threadIdx.x == 0)
+        b->ended = 0;
+    __syncthreads();
+}
+
 /* With `lead`: thread r of block 0 also looks up what it needs to post to rank r. All looks are under way together. */
 EPX__DEVICE bool ht_enter_led(const ht_common_t &c, ht_block_t *b, ht_lead_t *lead)
 {
@@ -384,6 +394,8 @@ EPX__DEVICE bool ht_wait_ends(const ht_common_t &c, ht_block_t *b)
 /* Last block, after everything else: the half is over. */
 EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b, bool good)
 {
+    for (int r = (int)threadIdx.x; r < c.ranks; r += (int)blockDim.x)
+        c.taken[r] = 0;
     __syncthreads();
     if (threadIdx.x != 0)
         return;
