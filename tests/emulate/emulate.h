@@ -124,6 +124,26 @@ int emu_launch_as(const void *kernel, uint32_t blocks, uint32_t threads, void **
 }
 #define cudaLaunchKernel(...) emu_launch_as<ht_combine_t>(__VA_ARGS__) /* one kernel is launched so */
 #define dim3(n) (n)
+struct cudaLaunchAttribute {
+    int id;
+    struct {
+        int programmaticStreamSerializationAllowed; /* kernels here run one after the other */
+    } val;
+};
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchConfig_t {
+    uint32_t blocks, threads;
+    size_t shared;
+    void *stream;
+    cudaLaunchAttribute *attributes;
+    unsigned count;
+};
+template <typename P>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(const P), const P &p)
+{
+    emu_launch(c->blocks, c->threads, c->shared, c->stream, [=] { kernel(p); });
+    return 0;
+}
 
 /* ---- barriers and warps ---- */
 

@@ -123,6 +123,15 @@ EPX__DEVICE void fence_acq_rel_gpu(void)
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
+/* A kernel that was launched while the one before it ended: all that one wrote is seen. sm_90; else nothing to wait
+ * for. */
+EPX__DEVICE void await_kernel_before(void)
+{
+#if EPX__BULK
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* ---- payload by ordinary accesses: past L1, which sees no writes of others ---- */
 
 EPX__DEVICE uint4 ld_global_16(const void *p)

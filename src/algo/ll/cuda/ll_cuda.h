@@ -97,6 +97,7 @@ typedef struct ll_common {
     epx__experts_t map;   /* device pointers */
     uint32_t hidden, topk, tokens, local_experts, slots;
     uint32_t mask_on_timeout, ranked; /* ranked: rank-major */
+    uint32_t early;                   /* the GPU can launch a kernel while the one before it ends (sm_90) */
     int64_t *wait_ns;
     int bits;
     const void *topk_idx;

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "algo/ll/cuda/ll_inband.cuh"
+#include "algo/ll/cuda/ll_launch.cuh"
 #include "algo/ll/cuda/ll_number.cuh"
 
 #define BATCH 4u /* rows of a sum that a lane loads at once, before it goes home */
@@ -432,6 +433,7 @@ __global__ void __launch_bounds__(WARPS(by_rank) * 32, 1) ll_inband_combine(cons
 {
     __shared__ ll_entry_t e;
     const ll_common_t &l = p.l;
+    await_kernel_before();
     if (l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
         return;
     uint32_t warp = threadIdx.x / 32, pushers = p.send && p.recv ? PUSHERS(by_rank) : WARPS(by_rank);
@@ -452,11 +454,8 @@ __global__ void __launch_bounds__(WARPS(by_rank) * 32, 1) ll_inband_combine(cons
 
 extern "C" int epx__ll_launch_inband_combine(const ll_combine_t *p, uint32_t blocks, void *stream)
 {
-    if (p->by_rank)
-        ll_inband_combine<true><<<blocks, WARPS(true) * 32, 0, (cudaStream_t)stream>>>(*p);
-    else
-        ll_inband_combine<false><<<blocks, WARPS(false) * 32, 0, (cudaStream_t)stream>>>(*p);
-    return (int)cudaGetLastError();
+    return p->by_rank ? ll_launch(ll_inband_combine<true>, p, blocks, WARPS(true) * 32, 0, stream)
+                      : ll_launch(ll_inband_combine<false>, p, blocks, WARPS(false) * 32, 0, stream);
 }
 
 extern "C" int epx__ll_load_inband_combine(void *stream)

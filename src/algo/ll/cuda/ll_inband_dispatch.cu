@@ -16,6 +16,7 @@
 #include "algo/ll/cuda/ll_inband_books.cuh"
 #include "algo/ll/cuda/ll_inband_send.cuh"
 #include "algo/ll/cuda/ll_inband_take.cuh"
+#include "algo/ll/cuda/ll_launch.cuh"
 
 /* ---- the slot's last call ---- */
 
@@ -190,6 +191,7 @@ template <bool fp8>
 __global__ void __launch_bounds__(LL_INBAND_THREADS, 1) ll_inband_dispatch(const __grid_constant__ ll_dispatch_t p)
 {
     __shared__ ll_entry_t e;
+    await_kernel_before();
     if (p.l.c.ranks == 0) /* a first launch, so that the driver has made room for it */
         return;
     uint32_t b = blockIdx.x, warp = threadIdx.x / 32, bad = 0;
@@ -231,11 +233,8 @@ __global__ void __launch_bounds__(LL_INBAND_THREADS, 1) ll_inband_dispatch(const
 extern "C" int epx__ll_launch_inband_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint32_t shared_bytes,
                                               void *stream)
 {
-    if (p->fp8)
-        ll_inband_dispatch<true><<<blocks, LL_INBAND_THREADS, shared_bytes, (cudaStream_t)stream>>>(*p);
-    else
-        ll_inband_dispatch<false><<<blocks, LL_INBAND_THREADS, shared_bytes, (cudaStream_t)stream>>>(*p);
-    return (int)cudaGetLastError();
+    return ll_launch(p->fp8 ? ll_inband_dispatch<true> : ll_inband_dispatch<false>, p, blocks, LL_INBAND_THREADS,
+                     shared_bytes, stream);
 }
 
 /* Load both kernels, and launch them once: their local memory is there before another kernel waits for a peer. */

@@ -224,10 +224,10 @@ typedef struct ll_taking {
 
 EPX__DEVICE void find_taken(const ll_dispatch_t &p, ll_taking_t *t)
 {
-    uint32_t index = t->unit / t->pieces;
-    t->from = ll_pair_taken(blockIdx.x - p.recv_first + index * p.recv_blocks, (uint32_t)p.l.c.rank,
-                            (uint32_t)p.l.c.ranks, p.l.c.layout.ll.tokens_max);
-    t->at = (t->unit - index * t->pieces) * LL_TAKE_PIECE;
+    /* The pieces of a row go to one block after the other: a row has one place or eight, and all are equally busy. */
+    uint32_t piece = blockIdx.x - p.recv_first + t->unit * p.recv_blocks, row = piece / t->pieces;
+    t->from = ll_pair_taken(row, (uint32_t)p.l.c.rank, (uint32_t)p.l.c.ranks, p.l.c.layout.ll.tokens_max);
+    t->at = (piece - row * t->pieces) * LL_TAKE_PIECE;
 }
 /* The warp's first: known before any id is. */
 EPX__DEVICE ll_taking_t first_taken(const ll_dispatch_t &p)
@@ -236,7 +236,7 @@ EPX__DEVICE ll_taking_t first_taken(const ll_dispatch_t &p)
     ll_taking_t t;
     t.unit = threadIdx.x / 32;
     t.pieces = (p.l.hidden + LL_TAKE_PIECE - 1) / LL_TAKE_PIECE;
-    t.units = ll_dealt(rows, blockIdx.x - p.recv_first, p.recv_blocks) * t.pieces;
+    t.units = ll_dealt(rows * t.pieces, blockIdx.x - p.recv_first, p.recv_blocks);
     find_taken(p, &t);
     return t;
 }

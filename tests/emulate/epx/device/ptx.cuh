@@ -130,6 +130,9 @@ EPX__DEVICE uint64_t globaltimer_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+EPX__DEVICE void await_kernel_before(void)
+{
+}
 EPX__DEVICE void fence_proxy_async(void)
 {
 }
