@@ -374,7 +374,8 @@ EPX_API epx_status_t epx_env_get(uint32_t index, epx_env_entry_t *entry);
  */
 EPX_API epx_status_t epx_buffer_check(epx_buffer_t *buffer, uint8_t *works);
 
-/* Bytes this rank has moved since the buffer was made. */
+/* Bytes this rank has moved since the buffer was made. On GPUs those put on the network alone, the others stay 0: what
+ * kernels move inside a domain is known to the GPU's own counters. */
 typedef struct epx_traffic {
     size_t size;
     uint64_t local_bytes;  /* to itself */

@@ -188,7 +188,7 @@ class Buffer(Normal, LowLatency):
             core.check(core.lib.epx_buffer_barrier(core.buffer, self._current()))
 
     def traffic(self):
-        """Bytes this rank has moved: dict of local_bytes, domain_bytes, net_bytes, net_puts."""
+        """Bytes this rank has moved: dict of local_bytes, domain_bytes, net_bytes, net_puts (on GPUs of net_* alone)."""
         out = _abi.Traffic()
         total = {name: 0 for name, _ in _abi.Traffic._fields_[1:]}
         for core in self._cores():
