@@ -7,11 +7,12 @@
 #include <signal.h>
 #include <time.h>
 
-enum { BEGIN, END, AGAIN, COMBINE, STAGES };
-static const char *const stage_names[] = {"begin", "end", "again", "combine"};
+enum { BEGIN, END, AGAIN, COMBINE, COMBINE_PUSHED, STAGES };
+static const char *const stage_names[] = {"begin", "end", "again", "combine", "combine, x elsewhere"};
 
-#define TOKENS 32u
+#define TOKENS 512u /* so that a warp has many rows to push */
 #define TOPK 2u
+#define ROWS_MOST (4u * TOKENS)
 #define ROW 256u
 #define DEADLINE_MS 2000u
 
@@ -20,7 +21,7 @@ typedef struct trip {
     epx_buffer_t *buffer;
     epx_handle_t *handle;
     epx_received_t received;
-    void *x, *out, *ids;
+    void *x, *y, *out, *ids; /* y: outputs in no lease */
 } trip_t;
 
 static uint64_t now_in_ms(void)
@@ -45,6 +46,8 @@ static bool trip_open(xt_rank_t *self, trip_t *t)
         ids[i] = (int64_t)((i * 5 + i / 3) % (4u * (uint32_t)self->ranks));
     t->x = self->memory->alloc(TOKENS * ROW);
     t->out = self->memory->alloc(TOKENS * ROW);
+    t->y = self->memory->alloc(ROWS_MOST * ROW);
+    self->memory->fill(t->y, 0, ROWS_MOST * ROW);
     t->ids = self->memory->alloc(sizeof ids);
     self->memory->fill(t->x, 0, TOKENS * ROW);
     self->memory->put(t->ids, ids, sizeof ids);
@@ -55,6 +58,7 @@ static void trip_close(trip_t *t)
 {
     epx_buffer_destroy(t->buffer);
     t->self->memory->free(t->x);
+    t->self->memory->free(t->y);
     t->self->memory->free(t->out);
     t->self->memory->free(t->ids);
 }
@@ -82,7 +86,8 @@ static epx_status_t run_stage(trip_t *t, int stage)
         if (status == EPX_OK)
             epx_lease_release(t->buffer, r.lease, stream);
     } else {
-        epx_combine_t c = {.size = sizeof c, .x = t->received.x, .hidden = ROW / 2, .out = t->out, .sms = 2};
+        epx_combine_t c = {.size = sizeof c, .hidden = ROW / 2, .out = t->out, .sms = 2};
+        c.x = stage == COMBINE ? t->received.x : t->y;
         status = epx_combine(t->handle, &c, stream);
     }
     cudaError_t error = cudaStreamSynchronize((cudaStream_t)stream);

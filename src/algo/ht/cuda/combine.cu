@@ -2,12 +2,13 @@
  * combine: the owner of a token adds its rows, in rank order in fp32 from +0, then the biases, and rounds once.
  *
  * x in a lease is read in place: adding blocks load the rows of (token, chunk) from the peers' windows into a warp's
- * stage, one buffer a row, while the item before is added. x elsewhere is pushed by other blocks (flow.cuh) into a ring
- * of the owner's reserve, which the owner publishes with its message; the owner's own rows are read where they are.
- * Weights go the same ways.
+ * stage, one buffer a row, while the item before is added. x elsewhere is pushed by the first blocks (flow.cuh) into a
+ * ring of the owner's reserve, which the owner publishes with its message; the owner's own rows are read where they
+ * are. Weights go the same ways.
  *
  * A block that has pushed all it had adds too. Who adds the smallest token under way waits for rows that need no room
- * but what earlier tokens give back, so rings always empty.
+ * but what earlier tokens give back, so rings always empty. A block that pushes waits for nobody's turn to run: it adds
+ * only once all pushing blocks of its rank have begun, so what others wait for is never behind it.
  */
 #include <cuda_runtime.h>
 
@@ -15,7 +16,17 @@
 
 /* ---- pushing ---- */
 
-/* All ranks cut their rings alike, so rows in a ring and rows of a batch are mine as well as the owner's. */
+/* What the announcing warp needs of a flow: nothing of the owner's message, so it waits for nobody. All ranks cut their
+ * rings alike, so rows in a ring and rows of a batch are mine as well as the owner's. */
+__device__ void push_told(const ht_combine_t &p, int to, ht_flow_t *f)
+{
+    const ht_common_t &c = p.c;
+    f->peer = to;
+    f->rows = (uint32_t)p.h.matrix[(size_t)to * (uint32_t)c.ranks + (uint32_t)c.rank];
+    f->batch = p.batch;
+    f->publish = put_words(c, c.peers[to], c.rank);
+    f->counts = c.produced + (size_t)to * HT_WORDS;
+}
 __device__ bool push_flow(const ht_combine_t &p, uint64_t n, int to, ht_flow_t *f)
 {
     const ht_common_t &c = p.c;
@@ -23,13 +34,9 @@ __device__ bool push_flow(const ht_combine_t &p, uint64_t n, int to, ht_flow_t *
     if (!ht_read_packets(c, n, to, words, WORDS))
         return false;
     char *ring = c.peers[to] + words[WORD_RING];
-    f->peer = to;
-    f->rows = (uint32_t)p.h.matrix[(size_t)to * (uint32_t)c.ranks + (uint32_t)c.rank];
-    f->batch = p.batch;
+    push_told(p, to, f);
     f->gate = take_words(c, c.window, to);
     f->gate_lag = (uint32_t)p.ring_rows / p.batch;
-    f->publish = put_words(c, c.peers[to], c.rank);
-    f->counts = c.produced + (size_t)to * HT_WORDS;
     f->from_first = (uint64_t)(uint32_t)p.h.start[to];
     f->from_ring = 0;
     f->to_first = 0;
@@ -76,7 +83,7 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
         return;
     x.credit = any_credit(p, sources);
     if (warp == announcer && x.credit) {
-        ht_added_t added = {&p, b, sources};
+        ht_added_t added = {&p, sources};
         announce<ht_added_t, account_added>(added, b, p.cut.warps);
     }
     if (warp >= p.cut.warps)
@@ -90,12 +97,14 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
     tell_ended(b);
 }
 
-/* False: stop. */
+/* False: it adds nothing. */
 EPX__DEVICE bool push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
     const ht_cut_t &cut = p.push_cut;
     uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
     bool ok = true;
+    if (threadIdx.x == 0)
+        add_relaxed_gpu_u32(&p.c.state->pushing, 1);
     if (warp < cut.warps) {
         ht_stages_t s = stages_init(cut, shared);
         ok = flows_run<ht_combine_t, push_flow>(p, cut, s, b, warp * p.push_blocks + blockIdx.x,
@@ -103,10 +112,13 @@ EPX__DEVICE bool push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
         tell_ended(b);
         stages_end(cut, s);
     } else if (warp == announcer) {
-        flows_announce<ht_combine_t, push_flow>(p, cut, b, blockIdx.x, p.push_blocks);
+        flows_announce<ht_combine_t, push_told>(p, cut, b, blockIdx.x, p.push_blocks);
     }
+    if (threadIdx.x == 0)
+        ok = ok && add_relaxed_gpu_u32(&p.c.state->pushing, 0) == p.push_blocks;
     ok = __syncthreads_and(ok) != 0;
-    ht_block_again(b);
+    ht_block_start(b);
+    __syncthreads();
     return ok;
 }
 

@@ -35,17 +35,15 @@ EPX__DEVICE void count_added(ht_adder_t &x, uint32_t token)
     tell_items(x.b, ++x.done);
 }
 
-/* For the announcing warp: one token of one adding warp has been read. */
+/* For the announcing warp: one token has been read. */
 typedef struct ht_added {
     const ht_combine_t *p;
-    ht_block_t *b;
     const ht_source_t *sources;
 } ht_added_t;
 
-EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t warp, uint32_t i)
+EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t token)
 {
     const ht_combine_t &p = *x.p;
-    uint32_t token = left_item(x.b, warp, i);
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_pick_t k = pick_at(p, token, slot);
         if (k.rank < 0)
@@ -263,6 +261,7 @@ EPX__DEVICE bool add_tokens_plain(const ht_combine_t &p, ht_adder_t &x)
             ok = row_ready(p, x.sources, x.b->n, pick_at(p, at.now, j), true);
         if (!__all_sync(0xffffffffu, ok))
             return false;
+        __syncwarp(); /* what one lane has seen is seen by all */
         add_plain<dtype>(p, x.sources, at.now);
         add_weights(p, x.sources, at.now);
         count_added(x, at.now);

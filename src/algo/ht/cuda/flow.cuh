@@ -1,10 +1,11 @@
 /*
  * Stages in shared memory for the bulk copy engine, and flows: rows of one peer moved in order, batch by batch.
  *
- * A flow has N rows, C of them a batch. Warps take rows in ascending order, whoever is free the next. A batch may be
- * moved once its gate word allows: the rows have arrived (copying out), or the ring's earlier rows have been read
- * (pushing). When all rows of a batch have been moved, by whichever warps, the last one publishes the batch's word at
- * the peer. Words are kept per batch modulo HT_WORDS and only grow.
+ * A flow has N rows, C of them a batch. Warps take rows in ascending order, whoever is free the next; with fewer warps
+ * than peers a warp moves all rows of its peers. A batch may be moved once its gate word allows: the rows have arrived
+ * (copying out), or the ring's earlier rows have been read (pushing). When all rows of a batch have been moved, by
+ * whichever warps, the last one publishes the batch's word at the peer. Words are kept per batch modulo HT_WORDS and
+ * only grow.
  *
  * A warp that serves several peers never waits for one of them: it looks at each in turn (see docs/PROTOCOL-HT.md, why
  * a fixed order can close a circle).
@@ -192,18 +193,14 @@ EPX__DEVICE void tell_progress(ht_block_t *b, uint32_t done)
     fence_proxy_async(); /* what the engine wrote, before what is said about it */
     tell_items(b, done);
 }
-/* Where items are taken rather than dealt out: one thread of the warp leaves the number of item `done`, before it is
- * told, for the announcing warp, which must have looked at the one that lay there. */
+/* One thread of the warp leaves which item its number `done` is, before that is told, for the announcing warp, which
+ * must have looked at the one that lay there: it must be at work. */
 EPX__DEVICE void leave_item(ht_block_t *b, uint32_t done, uint32_t item)
 {
     uint32_t warp = threadIdx.x / 32;
     while (done - atomicOr(&b->told[warp], 0u) >= HT_TURNS)
         __nanosleep(100);
     atomicExch(&b->item[warp][done % HT_TURNS], item);
-}
-EPX__DEVICE uint32_t left_item(ht_block_t *b, uint32_t warp, uint32_t i)
-{
-    return atomicOr(&b->item[warp][i % HT_TURNS], 0u);
 }
 EPX__DEVICE void tell_ended(ht_block_t *b)
 {
@@ -214,8 +211,8 @@ EPX__DEVICE void tell_ended(ht_block_t *b)
     }
 }
 
-/* Lane i follows warp i. account(context, n, warp, item number) counts one done item. Ends after the workers. */
-template <typename context_t, void (*account)(const context_t &, uint64_t, uint32_t, uint32_t)>
+/* Lane i follows warp i. account(context, n, item) counts one done item. Ends after the workers, which wait for it. */
+template <typename context_t, void (*account)(const context_t &, uint64_t, uint32_t)>
 __device__ void announce(const context_t &context, ht_block_t *b, uint32_t workers)
 {
     uint32_t lane = threadIdx.x % 32, done = 0;
@@ -227,7 +224,7 @@ __device__ void announce(const context_t &context, ht_block_t *b, uint32_t worke
             fence_proxy_async();
             fence_acq_rel_sys();
             for (; done < ready; done++)
-                account(context, b->n, lane, done);
+                account(context, b->n, atomicOr(&b->item[lane][done % HT_TURNS], 0u));
             __threadfence_block();
             if (lane < workers)
                 atomicExch(&b->told[lane], done);
@@ -452,30 +449,23 @@ __device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s
     }
 }
 
-/* What the announcing warp's lane knows about the warp it follows. */
-typedef struct ht_followed {
-    ht_flow_t f;
-    ht_block_t *b;
-} ht_followed_t;
-
-EPX__DEVICE void account_row(const ht_followed_t &x, uint64_t n, uint32_t warp, uint32_t i)
+EPX__DEVICE void account_row(const ht_flow_t &f, uint64_t n, uint32_t row)
 {
-    flow_count(x.f, n, left_item(x.b, warp, i));
+    flow_count(f, n, row);
 }
 
-/* Announcing warp beside flows_run; `first` and `blocks`: of the blocks that run flows. */
-template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *)>
+/* Announcing warp of a block that runs flows, number `block` of `blocks`. told(p, peer, &flow) fills in what flow_count
+ * needs; it must not wait, for the other warps wait for this one (leave_item). */
+template <typename params_t, void (*told)(const params_t &, int, ht_flow_t *)>
 __device__ void flows_announce(const params_t &p, const ht_cut_t &cut, ht_block_t *b, uint32_t block, uint32_t blocks)
 {
     uint32_t peers = (uint32_t)p.c.ranks - 1, lane = threadIdx.x % 32, warps = blocks * cut.warps;
     if (peers == 0 || warps < peers)
         return;
-    ht_followed_t x;
-    x.b = b;
-    ht_share_t share = share_of((lane < cut.warps ? lane : 0) * blocks + block, warps, peers);
-    bool ok = make(p, b->n, peer_at(p.c, share.first), &x.f);
-    if (__all_sync(0xffffffffu, ok) && __any_sync(0xffffffffu, x.f.publish != NULL))
-        announce<ht_followed_t, account_row>(x, b, cut.warps);
+    ht_flow_t f = {};
+    told(p, peer_at(p.c, share_of((lane < cut.warps ? lane : 0) * blocks + block, warps, peers).first), &f);
+    if (__any_sync(0xffffffffu, f.publish != NULL))
+        announce<ht_flow_t, account_row>(f, b, cut.warps);
 }
 
 #endif

@@ -58,6 +58,7 @@ typedef struct ht_state {
     uint32_t bad_ids;     /* ever */
     /* How often a warp has taken the next token, of rows (to send, to add) and of ids. 0 between kernels. */
     uint32_t taken_rows, taken_ids;
+    uint32_t pushing; /* combine: pushing blocks that have begun. 0 between kernels */
 } ht_state_t;
 
 /* In pinned host memory that kernels see, one per exchange. */
@@ -202,10 +203,10 @@ typedef struct ht_rows {
 typedef struct ht_combine {
     ht_common_t c;
     ht_record_t h;
-    ht_cut_t cut, push_cut;                   /* of adding blocks, and of pushing ones */
+    ht_cut_t cut, push_cut;                   /* for adding, and for pushing */
     uint32_t threads, shared_bytes;           /* enough for both */
     uint32_t tokens, topk, batch, slots_bulk; /* slots_bulk 0: the plain way */
-    uint32_t push_blocks;                     /* the first ones; the others add */
+    uint32_t push_blocks;                     /* the first ones push, then add; the others add */
     int dtype;
     uint64_t row_bytes, x_stride;
     const char *x;

@@ -245,17 +245,15 @@ EPX__DEVICE bool send_items(const ht_rows_t &p, ht_sender_t &x, ht_stages_t &s, 
     return ok;
 }
 
-/* For the announcing warp: one token of one sending warp is written everywhere. */
+/* For the announcing warp: one token is written everywhere. */
 typedef struct ht_sent {
     const ht_rows_t *p;
-    ht_block_t *b;
     const ht_dest_t *dests;
 } ht_sent_t;
 
-EPX__DEVICE void account_item(const ht_sent_t &x, uint64_t n, uint32_t warp, uint32_t i)
+EPX__DEVICE void account_token(const ht_sent_t &x, uint64_t n, uint32_t token)
 {
     const ht_rows_t &p = *x.p;
-    uint32_t token = left_item(x.b, warp, i);
     for (uint32_t slot = 0; slot < p.h.slots; slot++) {
         ht_aim_t a = aim_at(p, token, slot);
         if (a.rank == AIM_FAR)
@@ -289,20 +287,26 @@ EPX__DEVICE void set_part(ht_part_t *part, const char *from, void *to, uint64_t 
     part->bytes = from && to ? bytes : 0;
 }
 
+/* What the announcing warp needs of a flow: who asks for progress, and of what. */
+__device__ void copy_told(const ht_rows_t &p, int from, ht_flow_t *f)
+{
+    const ht_common_t &c = p.c;
+    f->peer = from;
+    f->rows = ht_near(c, from) ? (uint32_t)p.h.matrix[(size_t)from * (uint32_t)c.ranks + (uint32_t)c.rank] : 0;
+    f->batch = p.batch;
+    bool ring = !p.direct && f->rows > p.capacity;
+    f->publish = ring ? take_words(c, c.peers[from], c.rank) : NULL;
+    f->counts = c.consumed + (size_t)from * HT_WORDS;
+}
 /* The flow of one source's rows from the window into the caller's memory. */
 __device__ bool copy_flow(const ht_rows_t &p, uint64_t n, int from, ht_flow_t *f)
 {
     const ht_common_t &c = p.c;
     ht_dest_t d;
     place_pointers(p.row_shape, c.window + ring_offset(p, from), p.capacity, &d);
-    f->peer = from;
-    f->rows = ht_near(c, from) ? (uint32_t)p.h.matrix[(size_t)from * (uint32_t)c.ranks + (uint32_t)c.rank] : 0;
-    f->batch = p.batch;
+    copy_told(p, from, f);
     f->gate = put_words(c, c.window, from);
     f->gate_lag = 0;
-    bool ring = !p.direct && f->rows > p.capacity;
-    f->publish = ring ? take_words(c, c.peers[from], c.rank) : NULL;
-    f->counts = c.consumed + (size_t)from * HT_WORDS;
     f->to_first = (uint64_t)(uint32_t)p.h.start[from];
     f->to_ring = 0;
     f->from_first = p.direct ? f->to_first : 0;
@@ -345,7 +349,7 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
         return;
     }
     x.counted = any_counted(p, dests);
-    ht_sent_t sent = {&p, b, dests};
+    ht_sent_t sent = {&p, dests};
     if (worker) {
         ok = send_items(p, x, s, a, next);
         tell_ended(b);
@@ -356,7 +360,7 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
     if (!p.first) /* the warp has nothing else to do yet */
         copy_sources(p, false, blockIdx.x * 32 + x.lane, p.send_blocks * 32);
     if (x.counted)
-        announce<ht_sent_t, account_item>(sent, b, p.cut.warps);
+        announce<ht_sent_t, account_token>(sent, b, p.cut.warps);
     else if (p.first)
         send_ids_aside(p, dests);
 }
@@ -370,7 +374,7 @@ EPX__DEVICE void copy_block(const ht_rows_t &p, ht_block_t *b, char *shared)
                                         (uint32_t *)(shared + p.cut.table_offset));
         tell_ended(b);
     } else {
-        flows_announce<ht_rows_t, copy_flow>(p, p.cut, b, block, blocks);
+        flows_announce<ht_rows_t, copy_told>(p, p.cut, b, block, blocks);
     }
 }
 

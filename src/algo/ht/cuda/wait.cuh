@@ -12,7 +12,7 @@
 #include <epx/device/ptx.cuh>
 
 /* In shared memory, one per block. */
-#define HT_TURNS 8u
+#define HT_TURNS 8u /* at least 2: an item is left before the one before it is told */
 typedef struct ht_block {
     uint64_t n; /* this half's number */
     uint32_t stop;
@@ -112,8 +112,8 @@ static __device__ __noinline__ void ht_fail(const ht_common_t &c, uint64_t n, co
     st_release_sys_u64(alarm_of(c, c.window), 1);
 }
 
-/* Is this rank to stop? A peer's alarm becomes the host's record. The host's own word is across PCIe: asked for rarely.
- */
+/* Is this rank to stop? A peer's alarm becomes the host's record. The host's own word is across PCIe: asked for rarely;
+ * who hears it tells this rank's other blocks, so that the half does not end well. */
 EPX__DEVICE bool ht_stopped(const ht_common_t &c, uint64_t n, bool ask_host)
 {
     if (ld_relaxed_sys_u64(alarm_of(c, c.window)) != 0) {
@@ -121,7 +121,10 @@ EPX__DEVICE bool ht_stopped(const ht_common_t &c, uint64_t n, bool ask_host)
         ht_fail(c, n, f);
         return true;
     }
-    return ask_host && ld_relaxed_sys_u32(&c.host->abort) != 0;
+    if (!ask_host || ld_relaxed_sys_u32(&c.host->abort) == 0)
+        return false;
+    st_release_sys_u64(alarm_of(c, c.window), 1);
+    return true;
 }
 
 /* ---- waiting ---- */
@@ -285,14 +288,13 @@ EPX__DEVICE bool ht_read_packets(const ht_common_t &c, uint64_t n, int from, uin
 
 /* ---- entering and leaving a half ---- */
 
-/* Block: its warps start anew to say how far they are. */
-EPX__DEVICE void ht_block_again(ht_block_t *b)
+/* Block: its warps have said nothing yet of how far they are. */
+EPX__DEVICE void ht_block_start(ht_block_t *b)
 {
     if (threadIdx.x < HT_WARPS_MAX)
         b->progress[threadIdx.x] = b->told[threadIdx.x] = 0;
     if (threadIdx.x == 0)
         b->ended = 0;
-    __syncthreads();
 }
 
 /* With `lead`: thread r of block 0 also looks up what it needs to post to rank r. All looks are under way together. */
@@ -310,10 +312,8 @@ EPX__DEVICE bool ht_enter_led(const ht_common_t &c, ht_block_t *b, ht_lead_t *le
         lead->consumed =
             ld_acquire_sys_u64(&words_at(c, c.window, (int)threadIdx.x)->consumed); /* what follows waits */
     }
-    if (threadIdx.x < HT_WARPS_MAX)
-        b->progress[threadIdx.x] = b->told[threadIdx.x] = 0;
+    ht_block_start(b);
     if (threadIdx.x == 0) {
-        b->ended = 0;
         b->n = sequence + 1;
         b->stop = alarm != 0 && ht_stopped(c, b->n, false);
     }
@@ -403,6 +403,7 @@ EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b, bool good)
     c.state->barrier = 0;
     c.state->taken_rows = 0;
     c.state->taken_ids = 0;
+    c.state->pushing = 0;
     if (good)
         c.state->sequence = b->n;
 }
