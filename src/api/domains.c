@@ -18,8 +18,8 @@
 
 /* What every rank says about itself once the device is open. */
 typedef struct hello {
-    epx__export_t trial; /* of the trial window */
-    int32_t backend, spare;
+    epx__export_t trial;    /* of the trial window */
+    int32_t backend, split; /* split: ranks_per_domain, 0: as found */
 } hello_t;
 
 typedef struct trial {
@@ -27,9 +27,12 @@ typedef struct trial {
     epx__export_t exported;
     hello_t *all;
     void **mapped;
-    uint8_t *came;
+    uint8_t *seen; /* [ranks] of the peer: CAME, NEAR */
     bool open;
 } trial_t;
+
+#define CAME 1u /* its word has come */
+#define NEAR 2u /* memory of the host is shared with it */
 
 static uint64_t trial_word(int from, int to)
 {
@@ -72,7 +75,7 @@ static epx_status_t trial_write(epx_group_t *group, const hello_t *all, void **m
     return EPX_OK;
 }
 
-static epx_status_t trial_read(epx_group_t *group, const epx__window_t *window, uint8_t *came)
+static epx_status_t trial_read(epx_group_t *group, const epx__window_t *window, uint8_t *seen)
 {
     uint64_t *words = epx__calloc((size_t)group->ranks, sizeof *words);
     if (!words)
@@ -80,7 +83,7 @@ static epx_status_t trial_read(epx_group_t *group, const epx__window_t *window, 
     epx_status_t status =
         group->device->ops->copy_out(group->device, words, window->base, sizeof *words * (size_t)group->ranks);
     for (int r = 0; status == EPX_OK && r < group->ranks; r++)
-        came[r] = words[r] == trial_word(r, group->rank);
+        seen[r] |= words[r] == trial_word(r, group->rank) ? CAME : 0;
     epx__free(words);
     return status;
 }
@@ -89,23 +92,23 @@ static epx_status_t trial_read(epx_group_t *group, const epx__window_t *window, 
 static epx_status_t make_topology(epx_group_t *group, const trial_t *trial, int split, bool *cut)
 {
     size_t ranks = (size_t)group->ranks;
-    uint8_t *all = epx__calloc(ranks * ranks, 2);
-    uint64_t *hosts = epx__calloc(ranks, sizeof *hosts);
-    epx_status_t status = all && hosts ? EPX_OK : epx__fail(EPX_E_NOMEM, "no memory for %zu reaches", ranks * ranks);
+    uint8_t *all = epx__calloc(ranks * ranks, 3);
+    epx_status_t status = all ? EPX_OK : epx__fail(EPX_E_NOMEM, "no memory for %zu reaches", ranks * ranks);
     status = epx__group_agree(group, status, "finding domains");
     if (status == EPX_OK)
-        status = epx__bootstrap_allgather(group->bootstrap, trial->came, ranks, all, group->timeout_ms);
-    uint8_t *reach = all ? all + ranks * ranks : NULL;
+        status = epx__bootstrap_allgather(group->bootstrap, trial->seen, ranks, all, group->timeout_ms);
+    uint8_t *reach = all ? all + ranks * ranks : NULL, *near = all ? reach + ranks * ranks : NULL;
     for (size_t i = 0; status == EPX_OK && i < ranks; i++) {
-        hosts[i] = trial->all[i].trial.host;
-        for (size_t j = 0; j < ranks; j++)
-            reach[i * ranks + j] = all[j * ranks + i]; /* j saw i's word */
+        for (size_t j = 0; j < ranks; j++) {
+            uint8_t ij = all[i * ranks + j], ji = all[j * ranks + i];
+            reach[i * ranks + j] = (ji & CAME) != 0; /* j saw i's word */
+            near[i * ranks + j] = (ij & ji & NEAR) != 0;
+        }
     }
     if (status == EPX_OK) {
-        *cut = epx__topology_end_at_hosts(group->ranks, hosts, split, reach);
+        *cut = epx__topology_end_at_hosts(group->ranks, near, split, reach);
         status = epx__topology_make(group->ranks, reach, split, &group->topology);
     }
-    epx__free(hosts);
     epx__free(all);
     return status;
 }
@@ -118,13 +121,27 @@ static epx_status_t split_wanted(const epx_group_config_t *config, int *split)
     return EPX_OK;
 }
 
+/* The same verdict on all ranks. */
+static epx_status_t same_split(const epx_group_t *group, const hello_t *all)
+{
+    for (int r = 1; r < group->ranks; r++) {
+        if (all[r].split != all[0].split)
+            return epx__fail(
+                EPX_E_MISMATCH,
+                "rank %d has %d ranks per domain, rank 0 has %d (0: as found); EPX_RANKS_PER_DOMAIN must be "
+                "the same on all ranks",
+                r, all[r].split, all[0].split);
+    }
+    return EPX_OK;
+}
+
 static epx_status_t trial_open(epx_group_t *group, trial_t *trial)
 {
     size_t ranks = (size_t)group->ranks;
     trial->all = epx__calloc(ranks, sizeof *trial->all);
     trial->mapped = epx__calloc(ranks, sizeof *trial->mapped);
-    trial->came = epx__calloc(ranks, 1);
-    if (!trial->all || !trial->mapped || !trial->came)
+    trial->seen = epx__calloc(ranks, 1);
+    if (!trial->all || !trial->mapped || !trial->seen)
         return epx__fail(EPX_E_NOMEM, "no memory to look for the domains of %zu ranks", ranks);
     EPX__TRY(epx__window_create(group->device, group->fdserver, ranks * 8, &trial->window, &trial->exported));
     trial->open = true;
@@ -148,7 +165,7 @@ static void trial_close(epx_group_t *group, trial_t *trial)
     trial_let_go(group, trial);
     epx__free(trial->all);
     epx__free(trial->mapped);
-    epx__free(trial->came);
+    epx__free(trial->seen);
 }
 
 /* ---- in words ---- */
@@ -188,7 +205,7 @@ static void say_domains(epx_group_t *group, const trial_t *trial, int split, boo
     if (group->topology.domains == 1 && hosts > 1)
         add_words(group, ", on %d hosts", hosts);
     if (cut)
-        add_words(group, "%sranks reach other hosts, but several domains end at their host, whose memory they share",
+        add_words(group, "%sranks reach others that host memory is not shared with, where several domains end",
                   group->domain_why[0] ? "; " : "");
     if (group->device->windows_why)
         add_words(group, "%s%s", group->domain_why[0] ? "; " : "", group->device->windows_why);
@@ -204,28 +221,29 @@ static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *c
     if (status == EPX_OK)
         status = trial_open(group, trial);
     EPX__TRY(epx__group_agree(group, status, "making a trial window"));
-    hello_t mine = {.trial = trial->exported, .backend = (int32_t)group->device->ops->backend};
+    hello_t mine = {.trial = trial->exported, .backend = (int32_t)group->device->ops->backend, .split = split};
     EPX__TRY(epx__bootstrap_allgather(group->bootstrap, &mine, sizeof mine, trial->all, group->timeout_ms));
+    EPX__TRY(same_split(group, trial->all));
     for (int r = 0; r < group->ranks; r++)
         group->host_ranks += trial->all[r].trial.host == trial->exported.host;
     status = trial_write(group, trial->all, trial->mapped);
+    for (int r = 0; status == EPX_OK && r < group->ranks; r++)
+        trial->seen[r] = epx__window_shares_host(&trial->all[r].trial, group->timeout_ms) ? NEAR : 0;
     if (status != EPX_OK) /* peers may be waiting for its descriptor, which a rank without any to spare cannot send */
         trial_let_go(group, trial);
     EPX__TRY(epx__group_agree(group, status, "mapping the peers' trial windows"));
-    status = trial_read(group, &trial->window, trial->came);
+    status = trial_read(group, &trial->window, trial->seen);
     EPX__TRY(epx__group_agree(group, status, "reading the trial words"));
-    EPX__TRY(make_topology(group, trial, split, &cut));
-    say_domains(group, trial, split, cut);
-    return EPX_OK;
+    status = make_topology(group, trial, split, &cut);
+    if (status == EPX_OK)
+        say_domains(group, trial, split, cut);
+    return epx__group_agree(group, status, "making domains"); /* nobody unmaps before everybody has read */
 }
 
 epx_status_t epx__group_find_domains(epx_group_t *group, const epx_group_config_t *config)
 {
     trial_t trial = {0};
     epx_status_t status = find_domains(group, config, &trial);
-    /* Nobody unmaps before everybody has read. */
-    if (status == EPX_OK)
-        status = epx__bootstrap_barrier(group->bootstrap, group->timeout_ms);
     trial_close(group, &trial);
     return status;
 }

@@ -206,7 +206,7 @@ static epx_status_t build(epx_group_t *group, const epx_group_config_t *config)
         snprintf(group->net_asked, sizeof group->net_asked, "%s", config->net ? config->net : "");
     if (status == EPX_OK)
         status = epx__group_choose_net(group, group->net_asked);
-    return epx__group_agree(group, status, "opening the network between domains");
+    return epx__group_agree(group, status, "choosing threads and a network");
 }
 
 static epx_status_t check_config(const epx_group_config_t *config)

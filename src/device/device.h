@@ -108,6 +108,9 @@ void epx__window_destroy(epx__device_t *device, epx__fdserver_t *server, epx__wi
 /* Map a peer's window: by pointer inside one process, by descriptor on one host, by blob elsewhere where the backend
  * can, and where device->handles says so. EPX_E_UNSUPPORTED with the reason when the peer's memory is out of reach:
  * then it is in another domain. */
+/* Can this process be handed descriptors by the exporter, and so share memory of the host with it? Not from another
+ * network namespace or user, though a fabric handle may lead there. */
+bool epx__window_shares_host(const epx__export_t *export_, uint64_t timeout_ms);
 epx_status_t epx__window_import(epx__device_t *device, const epx__export_t *export_, uint64_t timeout_ms,
                                 void **mapped);
 void epx__window_unimport(epx__device_t *device, const epx__export_t *export_, void *mapped);

@@ -163,6 +163,19 @@ epx_status_t epx__window_import(epx__device_t *device, const epx__export_t *expo
     return import_by_blob(device, export_, same_host, mapped);
 }
 
+bool epx__window_shares_host(const epx__export_t *export_, uint64_t timeout_ms)
+{
+    int fd = -1;
+    if (export_->host != epx__host_id())
+        return false;
+    if (export_->process == epx__process_id() || export_->blob_kind == EPX__BLOB_NONE || export_->key == 0)
+        return true;
+    if (epx__fd_fetch(export_, timeout_ms, &fd) != EPX_OK)
+        return false;
+    close(fd);
+    return true;
+}
+
 void epx__window_unimport(epx__device_t *device, const epx__export_t *export_, void *mapped)
 {
     if (!mapped)

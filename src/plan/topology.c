@@ -112,20 +112,20 @@ static epx_status_t check_complete(const uint8_t *reach, const epx__topology_t *
     return EPX_OK;
 }
 
-bool epx__topology_end_at_hosts(int ranks, const uint64_t *host, int split, uint8_t *reach)
+bool epx__topology_end_at_hosts(int ranks, const uint8_t *near, int split, uint8_t *reach)
 {
     bool whole = split <= 0 || split == ranks, crosses = false;
     for (int i = 0; i < ranks; i++) {
         for (int j = 0; j < ranks; j++) {
             whole = whole && touches(reach, ranks, i, j);
-            crosses = crosses || (host[i] != host[j] && touches(reach, ranks, i, j));
+            crosses = crosses || (touches(reach, ranks, i, j) && !touches(near, ranks, i, j));
         }
     }
     if (whole || !crosses)
         return false;
     for (int i = 0; i < ranks; i++) {
         for (int j = 0; j < ranks; j++) {
-            if (host[i] != host[j])
+            if (!touches(near, ranks, i, j))
                 reach[(size_t)i * (size_t)ranks + (size_t)j] = 0;
         }
     }

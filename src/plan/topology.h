@@ -26,9 +26,9 @@ epx_status_t epx__topology_make(int ranks, const uint8_t *reach, int split, epx_
 void epx__topology_fini(epx__topology_t *topology);
 
 /* One domain that is the whole group may span hosts. Of several none may: ranks of a domain share host memory then (on
- * GPUs: src/api/rails.c). Unless `reach` is complete and `split` leaves it whole, take out what crosses hosts; true
- * when there was any. host: [ranks], equal numbers on one host. */
-bool epx__topology_end_at_hosts(int ranks, const uint64_t *host, int split, uint8_t *reach);
+ * GPUs: src/api/rails.c). Unless `reach` is complete and `split` leaves it whole, take out what reaches further; true
+ * when there was any. near: [ranks][ranks], 1 where host memory can be shared; symmetric. */
+bool epx__topology_end_at_hosts(int ranks, const uint8_t *near, int split, uint8_t *reach);
 
 static inline int epx__topology_rank(const epx__topology_t *topology, int domain, int index)
 {

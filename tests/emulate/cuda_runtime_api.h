@@ -117,6 +117,15 @@ static inline cudaError_t cudaDeviceGetPCIBusId(char *text, int bytes, int devic
     snprintf(text, (size_t)bytes, "emulated %d", device);
     return cudaSuccess;
 }
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+static inline cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f)
+{
+    (void)f;
+    a->ptxVersion = 0; /* compiled for none */
+    return cudaSuccess;
+}
 static inline cudaError_t cudaFuncSetAttribute(const void *f, enum cudaFuncAttribute a, int value)
 {
     (void)f;

@@ -1,7 +1,7 @@
 /*
  * Waiting must not burn the machine: a group whose ranks have nothing to do, or all wait for one that stays away, takes
- * under 2 % of a core (all ranks together, threads of this process; the second half of each time is measured, when the
- * waits have settled).
+ * under 2 % of a core, under 4 with several domains, whose proxies look at the network now and then (all ranks
+ * together, threads of this process; the second half of each time is measured, when the waits have settled).
  */
 #include "common/slowness.h"
 #include "common/world.h"
@@ -25,18 +25,34 @@ static double cpu_seconds(void)
            (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) * 1e-6;
 }
 
-static void watch(xt_rank_t *self, const char *what)
+/* The share of a core that this process takes for a while. */
+static double share_now(void)
 {
     epx__sleep_ns(SETTLE_MS * 1000000ull);
     double start = cpu_seconds();
     uint64_t start_ns = epx__now_ns();
     epx__sleep_ns(WATCH_MS * 1000000ull);
-    double share = (cpu_seconds() - start) / ((double)(epx__now_ns() - start_ns) * 1e-9);
-    printf("%d ranks, %s: %.2f %% of a core\n", self->ranks, what, 100 * share);
-    /* A sanitizer makes every look dearer, and so does a machine with other things in its caches. A thread that spins
-     * shows as 100 %. */
-    double most = (getenv("EPX_TEST_SANITIZER") ? 0.1 : 0.02) * slowness();
-    XT_CHECK(self, share < (most < 0.3 ? most : 0.3), "%s: %.2f %% of a core", what, 100 * share);
+    return (cpu_seconds() - start) / ((double)(epx__now_ns() - start_ns) * 1e-9);
+}
+
+static int domains_of(xt_rank_t *self)
+{
+    epx_group_info_t info = {.size = sizeof info};
+    return XT_OK(self, epx_group_get_info(self->group, &info)) ? info.domains : 1;
+}
+
+static void watch(xt_rank_t *self, const char *what)
+{
+    /* A sanitizer makes every look dearer, and so does a machine with other things in its caches, for a while: the
+     * least of three. A thread that spins shows as 100 %, always. */
+    double most = (getenv("EPX_TEST_SANITIZER") ? 0.1 : domains_of(self) > 1 ? 0.04 : 0.02) * slowness(), share = 1.0;
+    most = most < 0.3 ? most : 0.3;
+    for (int tries = 0; tries < 3 && share >= most; tries++) {
+        double now = share_now();
+        share = now < share ? now : share;
+        printf("%d ranks, %s: %.2f %% of a core\n", self->ranks, what, 100 * now);
+    }
+    XT_CHECK(self, share < most, "%s: %.2f %% of a core", what, 100 * share);
 }
 
 static void body(xt_rank_t *self)

@@ -6,9 +6,9 @@
  * ring of the owner's reserve, which the owner publishes with its message; the owner's own rows are read where they
  * are. Weights go the same ways.
  *
- * A block that has pushed all it had adds too. Who adds the smallest token under way waits for rows that need no room
- * but what earlier tokens give back, so rings always empty. A block that pushes waits for nobody's turn to run: it adds
- * only once all pushing blocks of its rank have begun, so what others wait for is never behind it.
+ * A block that has pushed all it had adds too, once all blocks of its rank have begun: while one still waits for an SM,
+ * with rows to push or tokens to add that are its own, nobody may keep one only to wait. Who adds the smallest token
+ * under way waits for rows that need no room but what earlier tokens give back, so rings always empty.
  */
 #include <cuda_runtime.h>
 
@@ -103,8 +103,6 @@ EPX__DEVICE bool push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
     const ht_cut_t &cut = p.push_cut;
     uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
     bool ok = true;
-    if (threadIdx.x == 0)
-        add_relaxed_gpu_u32(&p.c.state->pushing, 1);
     if (warp < cut.warps) {
         ht_stages_t s = stages_init(cut, shared);
         ok = flows_run<ht_combine_t, push_flow>(p, cut, s, b, warp * p.push_blocks + blockIdx.x,
@@ -115,7 +113,7 @@ EPX__DEVICE bool push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
         flows_announce<ht_combine_t, push_told>(p, cut, b, blockIdx.x, p.push_blocks);
     }
     if (threadIdx.x == 0)
-        ok = ok && add_relaxed_gpu_u32(&p.c.state->pushing, 0) == p.push_blocks;
+        ok = ok && add_relaxed_gpu_u32(&p.c.state->begun, 0) == gridDim.x;
     ok = __syncthreads_and(ok) != 0;
     ht_block_start(b);
     __syncthreads();
@@ -130,6 +128,8 @@ __global__ void __launch_bounds__(HT_WARPS_MAX * 32 + 32, 1) ht_combine_kernel(c
     ht_lead_t lead = {};
     if (!ht_enter_led(p.c, &b, &lead))
         return;
+    if (p.push_blocks && threadIdx.x == 0)
+        add_relaxed_gpu_u32(&p.c.state->begun, 1);
     if (blockIdx.x == 0)
         publish_x(p, b.n, lead);
     if (blockIdx.x >= p.push_blocks || push_block(p, &b, shared))

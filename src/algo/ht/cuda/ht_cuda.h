@@ -58,7 +58,7 @@ typedef struct ht_state {
     uint32_t bad_ids;     /* ever */
     /* How often a warp has taken the next token, of rows (to send, to add) and of ids. 0 between kernels. */
     uint32_t taken_rows, taken_ids;
-    uint32_t pushing; /* combine: pushing blocks that have begun. 0 between kernels */
+    uint32_t begun; /* combine that pushes: blocks that have begun. 0 between kernels */
 } ht_state_t;
 
 /* In pinned host memory that kernels see, one per exchange. */

@@ -63,16 +63,6 @@ EPX__DEVICE uint32_t rail_count(uint64_t word, uint64_t n)
 
 /* ---- waiting ---- */
 
-/* Stop? As ht_stopped; an interrupted rank also tells its own blocks, so that the half does not end well. One thread.
- */
-EPX__DEVICE bool rail_stopped(const ht_common_t &c, uint64_t n, bool ask_host)
-{
-    if (!ht_stopped(c, n, ask_host))
-        return false;
-    st_release_sys_u64(alarm_of(c, c.window), 1);
-    return true;
-}
-
 EPX__DEVICE void rail_fail(const ht_common_t &c, uint64_t n, uint32_t status, uint32_t stage, int peer, uint64_t want,
                            uint64_t seen, uint64_t waited)
 {
@@ -104,7 +94,7 @@ static __device__ __noinline__ bool rail_wait(const ht_common_t &c, uint64_t n, 
             return true;
         if ((polls & 7) != 0)
             continue;
-        if (rail_stopped(c, n, (polls & rarely) == 0))
+        if (ht_stopped(c, n, (polls & rarely) == 0))
             return false;
         uint64_t now = globaltimer_ns();
         start = start ? start : now;
@@ -144,7 +134,7 @@ EPX__DEVICE bool rail_patience(const ht_common_t &c, uint64_t n, rail_idle_t *id
 {
     if ((idle->rounds++ & 7) != 0)
         return true;
-    if (rail_stopped(c, n, (idle->rounds & 63) == 1))
+    if (ht_stopped(c, n, (idle->rounds & 63) == 1))
         return false;
     uint64_t now = globaltimer_ns();
     idle->since = idle->since ? idle->since : now;

@@ -281,7 +281,7 @@ EPX__DEVICE bool keeper_patience(const ht_rail_combine_t &p, uint64_t n, rail_id
     bool ok = true;
     if ((idle->rounds & 7) == 0) {
         if (threadIdx.x == 0)
-            ok = !rail_stopped(p.c, n, (idle->rounds & 63) == 0);
+            ok = !ht_stopped(p.c, n, (idle->rounds & 63) == 0);
         ok = ok && (d < 0 || rail_stays(p.c, n, idle, d));
     }
     idle->rounds++;

@@ -113,7 +113,7 @@ static __device__ __noinline__ void ht_fail(const ht_common_t &c, uint64_t n, co
 }
 
 /* Is this rank to stop? A peer's alarm becomes the host's record. The host's own word is across PCIe: asked for rarely;
- * who hears it tells this rank's other blocks, so that the half does not end well. */
+ * who hears it tells this rank's other blocks and later kernels, so that the half does not end well. One thread. */
 EPX__DEVICE bool ht_stopped(const ht_common_t &c, uint64_t n, bool ask_host)
 {
     if (ld_relaxed_sys_u64(alarm_of(c, c.window)) != 0) {
@@ -403,7 +403,7 @@ EPX__DEVICE void ht_leave(const ht_common_t &c, ht_block_t *b, bool good)
     c.state->barrier = 0;
     c.state->taken_rows = 0;
     c.state->taken_ids = 0;
-    c.state->pushing = 0;
+    c.state->begun = 0;
     if (good)
         c.state->sequence = b->n;
 }

@@ -84,7 +84,7 @@ static ll_common_t common(const ll_cuda_t *ll, const epx__ll_call_t *call, uint3
                      .slots = x->layout.ll.slots,
                      .mask_on_timeout = x->config.ll_mask_on_timeout != 0,
                      .ranked = d->order == EPX_LL_RANK_MAJOR,
-                     .early = ll->ht->device->major >= 9,
+                     .early = ll->early,
                      .bits = d->topk_idx_bits,
                      .topk_idx = d->topk_idx};
     if (ll->far) {

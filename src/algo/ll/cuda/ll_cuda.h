@@ -97,7 +97,7 @@ typedef struct ll_common {
     epx__experts_t map;   /* device pointers */
     uint32_t hidden, topk, tokens, local_experts, slots;
     uint32_t mask_on_timeout, ranked; /* ranked: rank-major */
-    uint32_t early;                   /* the GPU can launch a kernel while the one before it ends (sm_90) */
+    uint32_t early;                   /* kernels are launched while the one before ends: ll_launch.cuh */
     int64_t *wait_ns;
     int bits;
     const void *topk_idx;
@@ -185,6 +185,9 @@ int epx__ll_launch_inband_dispatch(const ll_dispatch_t *p, uint32_t blocks, uint
 int epx__ll_launch_inband_combine(const ll_combine_t *p, uint32_t blocks, void *stream);
 int epx__ll_load_inband_dispatch(void *stream);
 int epx__ll_load_inband_combine(void *stream);
+/* 1: they wait for the kernel before. 0: they were compiled for older GPUs, where they cannot, and where a driver that
+ * makes code of older PTX cannot add it. */
+int epx__ll_awaits_kernel_before(void);
 int epx__ll_load_dispatch(void *stream);
 int epx__ll_load_combine(void *stream);
 

@@ -79,13 +79,9 @@ EPX__DEVICE bool far_fail(const ll_common_t &l, const ll_far_head_t &h, uint32_t
     return false;
 }
 
-/* Stop? An interrupted rank also tells its own later kernels, which look at the alarm first. */
 EPX__DEVICE bool far_stopped(const ll_common_t &l, const ll_far_head_t &h, uint32_t polls)
 {
-    if ((polls & 7) != 0 || !ht_stopped(l.c, h.n, (polls & 63) == 0))
-        return false;
-    st_release_sys_u64(alarm_of(l.c, l.c.window), 1);
-    return true;
+    return (polls & 7) == 0 && ht_stopped(l.c, h.n, (polls & 63) == 0);
 }
 
 /* After a push: what does not go because the rank has gone is no failure of ours. False: stop. */

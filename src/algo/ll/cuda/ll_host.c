@@ -118,6 +118,8 @@ static epx_status_t allocate(ll_cuda_t *ll)
         error = cudaStreamSynchronize(ll->ht->device->stream);
     if (error != cudaSuccess)
         return epx__cuda_fail(error, "making low latency");
+    /* Not on a shared GPU: blocks that wait for a kernel before them could keep its room from another rank's. */
+    ll->early = ll->inband && ll->ht->sms == ll->ht->device->sms && epx__ll_awaits_kernel_before();
     return ll->far ? epx__ll_far_make(ll->far, ll->exchange) : EPX_OK;
 }
 

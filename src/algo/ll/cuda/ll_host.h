@@ -15,6 +15,7 @@ typedef struct ll_cuda {
     uint32_t *masked;
     uint64_t *taken, *combined, *owed, *spoilt, *unread;
     bool inband;          /* all calls of the buffer, on all ranks */
+    bool early;           /* launched while the kernel before ends (ll_launch.cuh) */
     ll_record_t *records; /* [slots] */
     char **zero_copy;     /* [slots] */
     char *index;          /* for shapes that do not fit into shared memory; NULL: all fit */

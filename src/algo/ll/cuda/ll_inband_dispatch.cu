@@ -237,6 +237,12 @@ extern "C" int epx__ll_launch_inband_dispatch(const ll_dispatch_t *p, uint32_t b
                      shared_bytes, stream);
 }
 
+extern "C" int epx__ll_awaits_kernel_before(void)
+{
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, (const void *)ll_inband_dispatch<false>) == cudaSuccess && a.ptxVersion >= 90;
+}
+
 /* Load both kernels, and launch them once: their local memory is there before another kernel waits for a peer. */
 extern "C" int epx__ll_load_inband_dispatch(void *stream)
 {

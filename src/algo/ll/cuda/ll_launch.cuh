@@ -2,7 +2,8 @@
  * Launching the in-band kernels: while the stream's kernel before them is ending. Blocks are made, and their first
  * instructions fetched, once all blocks of that one are over, but before it is known that what it wrote is performed.
  * So each begins with await_kernel_before, in all threads, before it looks at memory. Who waits for this kernel has
- * then waited for the one before it too. No kernel lets the next start sooner: ranks that share a GPU need the room.
+ * then waited for the one before it too. No kernel of ours lets the next start sooner, but others' may: so not where
+ * ranks share a GPU and need the room.
  */
 #ifndef EPX_ALGO_LL_CUDA_LL_LAUNCH_CUH
 #define EPX_ALGO_LL_CUDA_LL_LAUNCH_CUH
