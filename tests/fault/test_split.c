@@ -15,6 +15,8 @@ enum { RANKS = 2 };
 static int rank_main(int rank, const int pipe_end[2])
 {
     epx_unique_id_t id;
+    if (rank != 0)
+        close(pipe_end[1]); /* or rank 0's end without a word would not be seen */
     if (rank == 0 && (epx_unique_id_create(NULL, &id) != EPX_OK || write(pipe_end[1], &id, sizeof id) != sizeof id))
         return 2;
     if (rank != 0 && read(pipe_end[0], &id, sizeof id) != sizeof id)
@@ -42,6 +44,7 @@ int main(void)
         if (child[r] == 0)
             _exit(rank_main(r, pipe_end));
     }
+    close(pipe_end[1]);
     for (int r = 0; r < RANKS; r++) {
         int how = 0;
         CHECK(waitpid(child[r], &how, 0) == child[r] && how == 0, "rank %d: %x", r, (unsigned)how);

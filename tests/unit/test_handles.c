@@ -132,6 +132,8 @@ static void try_way(epx__device_t *device, const way_t *way, const epx__export_t
         export_.blob_kind = EPX__BLOB_NONE;
     if (way->refused)
         export_.blob_refused = 801;
+    bool passed = !way->other_socket || way->no_handle || way->refused; /* where no handle leads, nobody asks */
+    CHECK(epx__window_shares_host(&export_, 1000) == (!way->other_host && passed), "%s: memory of the host", way->name);
     device->handles = way->handles;
     by_descriptor = by_handle = 0;
     epx_status_t status = epx__window_import(device, &export_, 1000, &mapped);

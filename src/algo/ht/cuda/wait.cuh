@@ -20,7 +20,7 @@ typedef struct ht_block {
     uint32_t ended;                  /* worker warps that are through */
     uint32_t progress[HT_WARPS_MAX]; /* items of each that are written (or read) and can be told */
     uint32_t told[HT_WARPS_MAX];     /* and those that were */
-    /* Where items are taken (flow.cuh): which ones those are, of each warp's newest. */
+    /* Where items are taken (share.cuh): which ones those are, of each warp's newest. */
     uint32_t item[HT_WARPS_MAX][HT_TURNS];
 } ht_block_t;
 static_assert(sizeof(ht_block_t) + 256 <= HT_SHARED_OWN, "and a little for others");
