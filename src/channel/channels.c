@@ -355,9 +355,11 @@ static void leave(epx__proxy_t *proxy, epx__deadline_t *deadline)
         pthread_mutex_unlock(&proxy->lock);
         epx_host_wait_turn(turn);
     }
+    pthread_mutex_lock(&proxy->lock); /* its thread still takes the peers' byes */
     proxy->net->unclean = stage < 3;
     for (uint32_t i = 0; i < proxy->lane_count; i++)
         proxy->net->unclean |= proxy->lanes[i].dead && !proxy->lanes[i].in_order;
+    pthread_mutex_unlock(&proxy->lock);
 }
 
 void epx__channels_destroy(epx__channels_t *self)
