@@ -24,6 +24,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 
 #include <epx/channel.h>
 
@@ -32,6 +33,7 @@
 
 #define EPX__CHANNELS_MEMORIES 16
 #define EPX__CHANNELS_PROXIES 32
+#define EPX__CHANNELS_WORDS 514
 #define EPX__MEMORY_ANY UINT32_MAX /* as a source: all memory of this process; its offsets are addresses */
 
 enum { EPX__NOTICE_PUT = 0, EPX__NOTICE_SIGNAL = 1, EPX__NOTICE_ADD = 2, EPX__NOTICE_CREDIT = 3 };
@@ -134,8 +136,8 @@ struct epx_channels {
     epx_port_channel_t *port; /* [ranks * channels] */
     uint64_t barrier_epoch;
     pthread_mutex_t words_lock;
-    int fault_status; /* first fault, under words_lock */
-    char words[512];
+    int fault_status; /* first fault; this and its words under words_lock */
+    char words[EPX__CHANNELS_WORDS - 2];
     atomic_ullong net_bytes, net_puts, credits;
     size_t put_bytes_max;
     bool any_sources; /* asked for, and the network can */
@@ -195,6 +197,13 @@ void epx__proxy_close_net(epx__proxy_t *proxy);
 bool epx__channels_room(const epx_port_channel_t *channel, uint64_t n);
 /* Everything pushed on this channel, whose only producer asks, has taken effect at the peer. */
 bool epx__channels_applied(const epx_port_channel_t *channel);
+/* ": " and the words of the first fault, or "". Any thread; here, since plug-ins ask too. */
+static inline void epx__channels_words(epx__channels_t *self, char words[EPX__CHANNELS_WORDS])
+{
+    pthread_mutex_lock(&self->words_lock);
+    snprintf(words, EPX__CHANNELS_WORDS, "%s%s", self->fault_status ? ": " : "", self->fault_status ? self->words : "");
+    pthread_mutex_unlock(&self->words_lock);
+}
 /* Somebody else knows that `rank` is gone (the bootstrap). Any thread. */
 void epx__channels_lost(epx__channels_t *self, int rank);
 

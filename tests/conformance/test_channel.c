@@ -330,9 +330,11 @@ static void leave_body(net_rank_t *self)
     epx_status_t flushed = epx_port_flush(channel), refused = EPX_OK;
     CHECK(flushed == EPX_OK, "%s: all was applied before the peer left, but flush says %s", spec,
           epx_status_name(flushed));
+    char words[EPX__CHANNELS_WORDS];
     epx__deadline_t deadline = epx__deadline_ms(timeout_ms);
     while (refused == EPX_OK && !epx__deadline_passed(&deadline)) { /* until its bye is here; the window bounds it */
         refused = epx_port_signal(channel);
+        epx__channels_words(self->channels, words); /* the proxy's thread writes them meanwhile */
         epx_host_wait_turn(2000);
     }
     CHECK(refused == EPX_E_PEER, "%s: a signal to a peer that has left: %s", spec, epx_status_name(refused));

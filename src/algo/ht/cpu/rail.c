@@ -141,10 +141,10 @@ bool epx__ht_rails_help(epx__half_t *half)
 
 epx_status_t epx__rail_failed(epx__half_t *half, const epx__ht_rail_t *rail, epx_status_t status)
 {
-    const epx__channels_t *channels = half->ht->rails->rails->channels;
-    return epx__half_fail(half, status, rail->rank, "%s on rank %d: the channel to rank %d: %s%s%s", half->operation,
-                          half->ht->exchange->rank, rail->rank, epx__status_text(status),
-                          channels->fault_status ? ": " : "", channels->fault_status ? channels->words : "");
+    char words[EPX__CHANNELS_WORDS];
+    epx__channels_words(half->ht->rails->rails->channels, words);
+    return epx__half_fail(half, status, rail->rank, "%s on rank %d: the channel to rank %d: %s%s", half->operation,
+                          half->ht->exchange->rank, rail->rank, epx__status_text(status), words);
 }
 
 static epx_status_t post(epx__half_t *half, epx__ht_rails_t *rails, epx__ht_rail_t *rail)

@@ -65,7 +65,8 @@ epx_status_t epx__ht_cuda_rails_fill(ht_cuda_t *h)
 static epx_status_t try_rails(ht_cuda_t *h)
 {
     const epx__rails_t *rails = h->exchange->net;
-    const epx__channels_t *channels = rails->channels;
+    epx__channels_t *channels = rails->channels;
+    char words[EPX__CHANNELS_WORDS];
     ht_try_t p = {.rails = h->rails,
                   .memory = channels->memory_count,
                   .barrier = epx__block_word(channels, channels->layout.barrier, 0),
@@ -80,9 +81,9 @@ static epx_status_t try_rails(ht_cuda_t *h)
         return epx__cuda_fail((cudaError_t)error, "trying the rails between domains");
     if (h->try_result[0] == EPX_OK)
         return EPX_OK;
-    return epx__fail((epx_status_t)h->try_result[0], "the channels to rank %d, in another domain: %s%s%s",
-                     h->try_result[1], epx__status_text((epx_status_t)h->try_result[0]),
-                     channels->fault_status ? ": " : "", channels->fault_status ? channels->words : "");
+    epx__channels_words(channels, words);
+    return epx__fail((epx_status_t)h->try_result[0], "the channels to rank %d, in another domain: %s%s",
+                     h->try_result[1], epx__status_text((epx_status_t)h->try_result[0]), words);
 }
 
 /* ---- telling other domains of failures ---- */

@@ -100,7 +100,8 @@ void epx__ll_far_release(ll_far_host_t *f)
 
 epx_status_t epx__ll_far_try(const ll_far_host_t *f)
 {
-    const epx__channels_t *channels = net_of(f)->channels;
+    epx__channels_t *channels = net_of(f)->channels;
+    char words[EPX__CHANNELS_WORDS];
     int32_t *result = (int32_t *)(void *)(f->sent + 2 * (size_t)net_of(f)->far);
     ll_far_try_t p = {.far = f->far,
                       .memory = channels->memory_count,
@@ -116,9 +117,9 @@ epx_status_t epx__ll_far_try(const ll_far_host_t *f)
         return epx__cuda_fail((cudaError_t)error, "trying low latency's channels");
     if (result[0] == EPX_OK)
         return EPX_OK;
-    return epx__fail((epx_status_t)result[0], "low latency's channel to rank %d, in another domain: %s%s%s", result[1],
-                     epx__status_text((epx_status_t)result[0]), channels->fault_status ? ": " : "",
-                     channels->fault_status ? channels->words : "");
+    epx__channels_words(channels, words);
+    return epx__fail((epx_status_t)result[0], "low latency's channel to rank %d, in another domain: %s%s", result[1],
+                     epx__status_text((epx_status_t)result[0]), words);
 }
 
 void epx__ll_far_count(ll_far_host_t *f)
