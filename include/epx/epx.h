@@ -23,6 +23,9 @@
  *     when its work is done.
  *   - Collective calls are made by all ranks of the group, in the same order on each buffer.
  *   - Threads: one call at a time per buffer; buffers and groups are independent of each other.
+ *   - Calls of one buffer run one after another, on whatever streams. Calls of two buffers of a GPU may be under way at
+ *     once where it has SMs for both: `sms` that fit together. Else put them on one stream, in the same order on all
+ *     ranks, or each may wait for one that waits for it, until the deadline.
  *   - A buffer, handle or lease that is no more (destroyed, released; its place taken again or not) is refused in
  * words.
  *   - Rows a rank receives come in the order (source rank, token index), always.
@@ -184,7 +187,9 @@ typedef struct epx_buffer_config {
  * differ). Nothing is allocated after this. */
 EPX_API epx_status_t epx_buffer_create(epx_group_t *group, const epx_buffer_config_t *config, epx_buffer_t **buffer);
 
-/* Not collective, bounded whatever the peers do; NULL is fine. Leases and handles of the buffer die with it. */
+/* Not collective, bounded whatever the peers do; NULL is fine. Leases and handles of the buffer die with it. CUDA: what
+ * is under way may end, at its deadline at the latest. Not so replayed graphs, whose streams are not known here: wait
+ * for those first. */
 EPX_API void epx_buffer_destroy(epx_buffer_t *buffer);
 
 /* EPX_OK, or the buffer's first failure (its words in epx_error_detail). A failed buffer can only be destroyed.

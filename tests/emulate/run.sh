@@ -22,6 +22,7 @@ run "$out/tests/emulate_differential" "" "$percent"
 EPX_EMULATE_SMS=12 run "$out/tests/emulate_differential" "holes, own" 100
 run "$out/tests/emulate_bounds"
 run "$out/tests/emulate_fault"
+run "$out/tests/emulate_order" 3
 if [ -e "$out/lib/libepx_ofi.so" ]; then
     EPX_EMULATE_SMS=80 EPX_TEST_PER_DOMAIN=2 EPX_NET=ofi:tcp run "$out/tests/emulate_differential" "" "$percent"
 fi

@@ -27,6 +27,8 @@ __attribute__((unused)) static void *emu_graph(int what, void *graph)
 
 typedef void *cudaGraph_t, *cudaGraphExec_t;
 #define GPU_CHECK(call) ((void)(call))
+#define cudaStreamCreateWithFlags(stream, flags) (*(stream) = NULL)
+#define cudaStreamDestroy(stream) ((void)(stream))
 #define cudaStreamBeginCapture(stream, mode) ((void)(stream), emu_graph(0, NULL))
 #define cudaStreamEndCapture(stream, graph) ((void)(stream), *(graph) = emu_graph(1, NULL))
 #define cudaGraphInstantiate(exec, graph, flags) (*(exec) = (graph))

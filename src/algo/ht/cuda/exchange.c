@@ -296,28 +296,36 @@ static epx_status_t create(epx__exchange_t *exchange)
     epx_status_t agreed = share_sms(h), status = epx__cuda_enter(h->ordinal, &before);
     if (status == EPX_OK) {
         status = agreed == EPX_OK ? create_on(h) : agreed;
+        exchange->impl = h; /* before the rails' thread, which looks there */
         if (exchange->topology->domains > 1)
             status = epx__ht_cuda_rails_start(h, status);
-        if (status != EPX_OK)
+        if (status != EPX_OK) {
+            exchange->impl = NULL;
             release(h);
-        epx__cuda_leave(h->ordinal, before);
+        }
+        epx__cuda_leave(exchange->device->ordinal, before);
+    } else {
+        epx__free(h);
     }
-    if (status == EPX_OK)
-        exchange->impl = h;
     return status;
 }
 
-/* Local and bounded: a kernel that still runs has a deadline, and the abort word ends its waits. */
+void epx__ht_cuda_stop(ht_cuda_t *h)
+{
+    epx__deadline_t deadline = epx__deadline_ms(2 * h->exchange->config.timeout_ms + 1000);
+    while (h->ordered && cudaEventQuery(h->order) == cudaErrorNotReady && !epx__deadline_passed(&deadline))
+        epx__sleep_ns(50000);
+    __atomic_store_n(&h->host->abort, 1, __ATOMIC_RELEASE);
+}
+
+/* Local and bounded. */
 static void destroy(epx__exchange_t *exchange)
 {
     ht_cuda_t *h = exchange->impl;
     int before;
     if (!h || epx__cuda_enter(h->ordinal, &before) != EPX_OK)
         return;
-    epx__deadline_t deadline = epx__deadline_ms(2 * exchange->config.timeout_ms + 1000);
-    while (h->ordered && cudaEventQuery(h->order) == cudaErrorNotReady && !epx__deadline_passed(&deadline))
-        epx__sleep_ns(50000);
-    __atomic_store_n(&h->host->abort, 1, __ATOMIC_RELEASE);
+    epx__ht_cuda_stop(h);
     epx__ht_cuda_rails_stop(h);
     release(h);
     (void)cudaGetLastError();

@@ -59,8 +59,9 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *, epx__exchange_handle_t *, c
 epx_status_t epx__ht_cuda_barrier(epx__exchange_t *, epx_stream_t);
 epx_status_t epx__ht_cuda_check(epx__exchange_t *, uint8_t *);
 
-/* halves.c, for rail_host.c */
-/* Where this call runs: device entered, order with the call before (perhaps on another stream). */
+/* halves.c, for rail_host.c and low latency */
+/* Where this call runs: device entered, order with the buffer's call before (of either mode, perhaps on another
+ * stream). */
 typedef struct epx__ht_scope {
     ht_cuda_t *h;
     cudaStream_t stream;
@@ -86,6 +87,9 @@ epx_status_t epx__ht_cuda_rail_rows(const ht_cuda_t *h, int asked, const epx__ro
 epx_status_t epx__ht_cuda_rail_combine(epx__exchange_t *, epx__exchange_handle_t *, const epx_combine_t *, size_t,
                                        epx_stream_t);
 
+/* Before anything is freed, more than once is fine: what is under way, of either mode, has a deadline, and may end.
+ * Then the abort word ends the waits of what has not, and of replayed graphs, whose streams are not known here. */
+void epx__ht_cuda_stop(ht_cuda_t *h);
 /* There have been so many ids that were none, ever. */
 void epx__ht_cuda_bad_ids(ht_cuda_t *h, uint32_t bad);
 /* A kernel's record, or words of a peer, into exchange->fault. Does not wait. */

@@ -8,42 +8,6 @@
 
 /* ---- launching ---- */
 
-typedef struct scope {
-    ll_cuda_t *ll;
-    cudaStream_t stream;
-    int before;
-    bool captured;
-} scope_t;
-
-/* Calls of a buffer run one after another, also when the caller changes streams. */
-static epx_status_t scope_open(epx__exchange_t *exchange, epx_stream_t stream, scope_t *s)
-{
-    ll_cuda_t *ll = exchange->ll;
-    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    *s = (scope_t){.ll = ll, .stream = (cudaStream_t)stream};
-    EPX__TRY(epx__cuda_enter(ll->ht->ordinal, &s->before));
-    cudaError_t error = cudaStreamIsCapturing(s->stream, &capture);
-    s->captured = error == cudaSuccess && capture != cudaStreamCaptureStatusNone;
-    if (error == cudaSuccess && !s->captured && ll->ordered && ll->order_stream != s->stream)
-        error = cudaStreamWaitEvent(s->stream, ll->order, 0);
-    if (error == cudaSuccess)
-        return EPX_OK;
-    epx__cuda_leave(ll->ht->ordinal, s->before);
-    return epx__cuda_fail(error, "ordering the call after the one before");
-}
-
-static epx_status_t scope_close(scope_t *s, int error, const char *what)
-{
-    ll_cuda_t *ll = s->ll;
-    if (error == 0 && !s->captured) {
-        error = (int)cudaEventRecord(ll->order, s->stream);
-        ll->order_stream = s->stream;
-        ll->ordered = true;
-    }
-    epx__cuda_leave(ll->ht->ordinal, s->before);
-    return error == 0 ? EPX_OK : epx__cuda_fail((cudaError_t)error, what);
-}
-
 static uint32_t blocks_of(const ll_cuda_t *ll, int asked)
 {
     int sms = asked > 0 ? asked : ll->exchange->config.sms, most = ll->ht->sms;
@@ -232,8 +196,8 @@ static epx_status_t run_dispatch(epx__exchange_t *exchange, const epx__ll_call_t
                                  bool recv)
 {
     ll_cuda_t *ll = exchange->ll;
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
+    epx__ht_scope_t s;
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
     ll_dispatch_t p = dispatch_of(ll, call);
     uint32_t blocks = blocks_of(ll, call->dispatch.sms);
     int error;
@@ -245,7 +209,7 @@ static epx_status_t run_dispatch(epx__exchange_t *exchange, const epx__ll_call_t
         error = launch_both(ll, p, blocks, s.stream);
     else
         error = send ? launch_send(p, blocks, s.stream) : launch_recv(ll, p, blocks, s.stream);
-    return scope_close(&s, error, recv ? "launching ll_dispatch" : "launching ll_dispatch_send");
+    return epx__ht_cuda_close(&s, error, recv ? "launching ll_dispatch" : "launching ll_dispatch_send");
 }
 
 epx_status_t epx__ll_cuda_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
@@ -286,7 +250,7 @@ static epx_status_t run_combine(epx__exchange_t *exchange, epx__ll_call_t *call,
 {
     ll_cuda_t *ll = exchange->ll;
     const epx_ll_combine_t *c = &call->combine;
-    scope_t s;
+    epx__ht_scope_t s;
     ll_combine_t p = {.l = common(ll, call, LL_KIND_COMBINE, c->timeout_ms),
                       .send = send,
                       .recv = recv,
@@ -297,14 +261,14 @@ static epx_status_t run_combine(epx__exchange_t *exchange, epx__ll_call_t *call,
                       .weight_left = c->weight_left};
     p.by_rank = p.pre_reduced || p.l.ranked;
     p.l.topk_idx = c->topk_idx;
-    EPX__TRY(scope_open(exchange, stream, &s));
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
     uint32_t blocks = blocks_of(ll, c->sms);
     int error;
     if (ll->far)
         error = launch_combine_far(ll, p, blocks, s.stream);
     else
         error = (ll->inband ? epx__ll_launch_inband_combine : epx__ll_launch_combine)(&p, blocks, s.stream);
-    return scope_close(&s, error, "launching ll_combine");
+    return epx__ht_cuda_close(&s, error, "launching ll_combine");
 }
 
 epx_status_t epx__ll_cuda_combine_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream)
@@ -325,11 +289,11 @@ epx_status_t epx__ll_cuda_combine(epx__exchange_t *exchange, epx__ll_call_t *cal
 epx_status_t epx__ll_cuda_mask_set(epx__exchange_t *exchange, int rank, int masked, epx_stream_t stream)
 {
     ll_cuda_t *ll = exchange->ll;
-    scope_t s;
-    EPX__TRY(scope_open(exchange, stream, &s));
+    epx__ht_scope_t s;
+    EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));
     cudaError_t error = cudaMemsetAsync(&ll->masked[rank], masked != 0, 4, s.stream);
     ll->masked_by_caller[rank] = masked != 0;
     if (!masked)
         __atomic_store_n(&ll->gave_up[rank], 0, __ATOMIC_RELAXED);
-    return scope_close(&s, (int)error, "masking a rank");
+    return epx__ht_cuda_close(&s, (int)error, "masking a rank");
 }

@@ -7,7 +7,6 @@
 #include "algo/ll/cuda/ll_host.h"
 #include "algo/ll/cuda/ll_inband.h"
 #include "base/alloc.h"
-#include "base/clock.h"
 #include "base/fail.h"
 #include "base/log.h"
 
@@ -111,8 +110,6 @@ static epx_status_t allocate(ll_cuda_t *ll)
     if (error == cudaSuccess) /* as mask_set does: the driver loads what fills when it is first used */
         error = cudaMemsetAsync(ll->masked, 0, 4, ll->ht->device->stream);
     if (error == cudaSuccess)
-        error = cudaEventCreateWithFlags(&ll->order, cudaEventDisableTiming);
-    if (error == cudaSuccess)
         error = prepare_kernels(ll);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(ll->ht->device->stream);
@@ -128,8 +125,6 @@ static void release(ll_cuda_t *ll)
     if (ll->far)
         epx__ll_far_release(ll->far);
     epx__free(ll->far);
-    if (ll->order)
-        (void)cudaEventDestroy(ll->order);
     (void)cudaFree(ll->slab);
     (void)cudaFreeHost(ll->gave_up);
     epx__free(ll->records);
@@ -189,17 +184,14 @@ static void count_traffic(epx__exchange_t *exchange)
         epx__ll_far_count(ll->far);
 }
 
-/* Local and bounded: a kernel that still runs has a deadline, and the abort word ends its waits. */
+/* Local and bounded. */
 static void destroy(epx__exchange_t *exchange)
 {
     ll_cuda_t *ll = exchange->ll;
     int before;
     if (!ll || epx__cuda_enter(ll->ht->ordinal, &before) != EPX_OK)
         return;
-    epx__deadline_t deadline = epx__deadline_ms(2 * exchange->config.timeout_ms + 1000);
-    while (ll->ordered && cudaEventQuery(ll->order) == cudaErrorNotReady && !epx__deadline_passed(&deadline))
-        epx__sleep_ns(50000);
-    __atomic_store_n(&ll->ht->host->abort, 1, __ATOMIC_RELEASE);
+    epx__ht_cuda_stop(ll->ht);
     release(ll);
     (void)cudaGetLastError();
     epx__cuda_leave(exchange->device->ordinal, before);

@@ -19,10 +19,7 @@ typedef struct ll_cuda {
     ll_record_t *records; /* [slots] */
     char **zero_copy;     /* [slots] */
     char *index;          /* for shapes that do not fit into shared memory; NULL: all fit */
-    cudaEvent_t order;
-    cudaStream_t order_stream;
-    bool ordered;
-    ll_far_host_t *far; /* NULL: one domain */
+    ll_far_host_t *far;   /* NULL: one domain */
 } ll_cuda_t;
 
 epx_status_t epx__ll_cuda_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t *call, epx_stream_t stream);
