@@ -285,6 +285,8 @@ static epx_status_t build(epx_buffer_t *buffer, const epx_buffer_config_t *confi
     }
     if (status == EPX_OK)
         status = epx__bootstrap_on_death(group->bootstrap, on_death, buffer, &buffer->death_slot);
+    if (status == EPX_OK)
+        status = epx__buffer_rails_listen(buffer);
     return epx__group_agree(group, status, "making a buffer's exchange");
 }
 
@@ -296,6 +298,7 @@ static void unmake(epx_buffer_t *buffer)
         epx__buffer_leave(buffer);
     if (buffer->death_slot >= 0)
         epx__bootstrap_off_death(group->bootstrap, buffer->death_slot);
+    epx__buffer_rails_listen_no_more(buffer); /* its words go where the exchange is, which is freed now */
     if (x->ll)
         group->ll_ops->destroy(x);
     epx__buffer_ll_net_close(buffer);

@@ -9,6 +9,7 @@
 
 #include "api/check.h"
 #include "api/objects.h"
+#include "api/rails.h"
 #include "base/alloc.h"
 #include "base/env.h"
 #include "base/fail.h"
@@ -140,7 +141,7 @@ static epx_status_t fill_config(const epx_group_t *group, const epx_channels_con
         .rank = group->rank,
         .ranks = group->ranks,
         .net = group->net_asked[0] ? group->net_asked : epx__env_text(EPX__ENV_NET),
-        .address = epx__env_text(EPX__ENV_ADDRESS),
+        .address = epx__group_address(group),
         .nic = epx__env_text(EPX__ENV_NIC),
         .channels = (uint32_t)channels,
         .proxies = (uint32_t)proxies,
@@ -154,8 +155,6 @@ static epx_status_t fill_config(const epx_group_t *group, const epx_channels_con
         .allgather = epx__group_gather,
         .allgather_context = &own->gathering,
     };
-    if (!config->address && group->host_ranks == group->ranks)
-        config->address = "127.0.0.1";
     return epx__net_check_spec(config->net);
 }
 

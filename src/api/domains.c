@@ -15,10 +15,12 @@
 #include "base/env.h"
 #include "base/fail.h"
 #include "base/log.h"
+#include "bootstrap/identity.h"
 
 /* What every rank says about itself once the device is open. */
 typedef struct hello {
-    epx__export_t trial;    /* of the trial window */
+    epx__export_t trial; /* of the trial window */
+    epx__identity_t identity;
     int32_t backend, split; /* split: ranks_per_domain, 0: as found */
 } hello_t;
 
@@ -222,10 +224,14 @@ static epx_status_t find_domains(epx_group_t *group, const epx_group_config_t *c
         status = trial_open(group, trial);
     EPX__TRY(epx__group_agree(group, status, "making a trial window"));
     hello_t mine = {.trial = trial->exported, .backend = (int32_t)group->device->ops->backend, .split = split};
+    epx__identify(&mine.identity);
     EPX__TRY(epx__bootstrap_allgather(group->bootstrap, &mine, sizeof mine, trial->all, group->timeout_ms));
     EPX__TRY(same_split(group, trial->all));
-    for (int r = 0; r < group->ranks; r++)
+    group->loopback = true;
+    for (int r = 0; r < group->ranks; r++) {
         group->host_ranks += trial->all[r].trial.host == trial->exported.host;
+        group->loopback = group->loopback && !memcmp(&trial->all[r].identity, &mine.identity, sizeof mine.identity);
+    }
     status = trial_write(group, trial->all, trial->mapped);
     for (int r = 0; status == EPX_OK && r < group->ranks; r++)
         trial->seen[r] = epx__window_shares_host(&trial->all[r].trial, group->timeout_ms) ? NEAR : 0;

@@ -18,6 +18,7 @@ struct epx_group {
     int rank, ranks;
     int buffers;    /* made so far with several domains: the same number on all ranks */
     int host_ranks; /* ranks on this host */
+    bool loopback;  /* 127.0.0.1 is one place for all ranks */
     int threads;
     uint32_t spins;
     bool streaming;
@@ -90,7 +91,7 @@ size_t epx__lease_find(const epx_buffer_t *buffer, const void *memory, size_t by
 /* Group (group.c): all ranks learn whether all succeeded; a rank that failed names itself. */
 epx_status_t epx__group_agree(epx_group_t *group, epx_status_t mine, const char *doing);
 void epx__group_unref(epx_group_t *group);
-/* Collective (domains.c): topology, host_ranks and their words. */
+/* Collective (domains.c): topology, host_ranks, loopback and their words. */
 epx_status_t epx__group_find_domains(epx_group_t *group, const epx_group_config_t *config);
 /* What channel/channels.h calls while channels are made. A rank that fails between two of these all-gathers must not be
  * waited for in the second. */

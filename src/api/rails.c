@@ -29,10 +29,10 @@ static bool on_gpu(const epx_group_t *group)
     return group->device->ops->backend != EPX_BACKEND_CPU;
 }
 
-static const char *address_of(const epx_group_t *group)
+const char *epx__group_address(const epx_group_t *group)
 {
     const char *address = epx__env_text(EPX__ENV_ADDRESS);
-    return address ? address : group->host_ranks == group->ranks ? "127.0.0.1" : NULL;
+    return address ? address : group->loopback ? "127.0.0.1" : NULL;
 }
 
 epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
@@ -42,7 +42,7 @@ epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)
     const char *spec = asked && asked[0] ? asked : epx__env_text(EPX__ENV_NET);
     if (!spec || !spec[0])
         spec = "ofi";
-    epx__net_config_t config = {.address = address_of(group),
+    epx__net_config_t config = {.address = epx__group_address(group),
                                 .nic = epx__env_text(EPX__ENV_NIC),
                                 .peers_max = 1,
                                 .puts_max = 1,
@@ -138,7 +138,7 @@ epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__chann
     config->rank = group->rank;
     config->ranks = group->ranks;
     config->net = group->net;
-    config->address = address_of(group);
+    config->address = epx__group_address(group);
     config->nic = epx__env_text(EPX__ENV_NIC);
     config->timeout_ms = timeout_ms > group->timeout_ms ? timeout_ms : group->timeout_ms;
     config->allgather = epx__group_gather;
@@ -204,15 +204,29 @@ epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer)
     status = map_members(buffer, rails, own);
     EPX__TRY(epx__group_agree(group, status, "mapping the domain's rails windows"));
     status = open_channels(buffer, rails, own);
-    uint32_t tag = 0x4e000000u + (uint32_t)group->buffers++;
-    if (status == EPX_OK)
-        status = epx__bootstrap_on_notice(group->bootstrap, tag, on_notice, buffer, &own->notice_slot);
-    buffer->x.notice_tag = tag;
+    buffer->x.notice_tag = 0x4e000000u + (uint32_t)group->buffers++;
     EPX__TRY(epx__group_agree(group, status, "connecting the rails"));
     /* Some networks connect at the first put: now, not in the first dispatch with its shorter deadline. What GPU
      * threads push, only they may push: the exchange tries their channels itself when it is made. */
     status = on_gpu(group) ? EPX_OK : epx_channels_barrier(rails->channels);
     return epx__group_agree(group, status, "trying the rails");
+}
+
+epx_status_t epx__buffer_rails_listen(epx_buffer_t *buffer)
+{
+    const epx__rails_t *rails = buffer->x.net;
+    own_t *own = rails ? rails->api : NULL;
+    return !own ? EPX_OK
+                : epx__bootstrap_on_notice(buffer->group->bootstrap, buffer->x.notice_tag, on_notice, buffer,
+                                           &own->notice_slot);
+}
+
+void epx__buffer_rails_listen_no_more(epx_buffer_t *buffer)
+{
+    const epx__rails_t *rails = buffer->x.net;
+    own_t *own = rails ? rails->api : NULL;
+    if (own && own->notice_slot >= 0)
+        epx__bootstrap_off_notice(buffer->group->bootstrap, own->notice_slot);
 }
 
 void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank)
@@ -229,8 +243,6 @@ void epx__buffer_rails_close(epx_buffer_t *buffer)
     if (!rails)
         return;
     own_t *own = rails->api;
-    if (own->notice_slot >= 0)
-        epx__bootstrap_off_notice(group->bootstrap, own->notice_slot);
     if (own->block_pinned)
         group->device->ops->host_unpin(group->device, rails->channels->block);
     epx__channels_destroy(rails->channels);

@@ -6,9 +6,15 @@
 
 /* Group: which network, checked by opening it once; fills net and net_why. Local. */
 epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked);
+/* Where networks listen: as asked for, or on the loopback interface where all ranks have the same; NULL: the network
+ * chooses. */
+const char *epx__group_address(const epx_group_t *group);
 /* Buffer: window, imports, channels; fills x.net. Collective. */
 epx_status_t epx__buffer_rails_open(epx_buffer_t *buffer);
-void epx__buffer_rails_close(epx_buffer_t *buffer);          /* local, bounded */
+void epx__buffer_rails_close(epx_buffer_t *buffer); /* local, bounded */
+/* To other domains' failures, while there is an exchange that they can interrupt. Once; not even once is fine. */
+epx_status_t epx__buffer_rails_listen(epx_buffer_t *buffer);
+void epx__buffer_rails_listen_no_more(epx_buffer_t *buffer);
 void epx__buffer_rails_lost(epx_buffer_t *buffer, int rank); /* from any thread: that rank is dead */
 /* Port channels of a buffer, with what all of them are made with; `config` has peers, memories and sizes. Collective.
  */

@@ -5,30 +5,22 @@
 #include "bootstrap/meet.h"
 
 #include <arpa/inet.h>
-#include <fcntl.h>
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/alloc.h"
 #include "base/env.h"
 #include "base/fail.h"
+#include "bootstrap/identity.h"
 #include "bootstrap/job.h"
 
 enum { JOIN_DESCRIPTORS = 3 }; /* a bell, a connection, a listening socket */
 
-/* Equal on two ranks when 127.0.0.1 is the same place for both: one boot of one kernel, one network namespace. */
-typedef struct identity {
-    char boot[40];
-    uint64_t namespace_device, namespace_inode;
-} identity_t;
-
 /* What every rank says first. */
 typedef struct arrival {
-    identity_t identity;
+    epx__identity_t identity;
     uint32_t lacks_descriptors, zero;
 } arrival_t;
 
@@ -38,22 +30,6 @@ typedef struct invitation {
     uint32_t status;
     char words[300];
 } invitation_t;
-
-static void identify(identity_t *identity)
-{
-    struct stat network;
-    memset(identity, 0, sizeof(*identity));
-    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd >= 0 ? read(fd, identity->boot, sizeof(identity->boot) - 1) : -1;
-    if (fd >= 0)
-        close(fd);
-    if (got <= 0 && gethostname(identity->boot, sizeof(identity->boot) - 1))
-        epx__random_bytes(identity->boot, sizeof(identity->boot)); /* equal to nobody */
-    if (stat("/proc/self/ns/net", &network) == 0) {
-        identity->namespace_device = (uint64_t)network.st_dev;
-        identity->namespace_inode = (uint64_t)network.st_ino;
-    }
-}
 
 /* EPX_ADDRESS, else the first IPv4 of an interface that is up and no loopback. */
 static epx_status_t address_for_others(char *text, size_t room)
@@ -111,11 +87,11 @@ static epx_status_t gather_id(const epx__bootstrap_config_t *config, void *room,
     invitation_t invitation;
     bool one_host = true;
     memset(&invitation, 0, sizeof(invitation));
-    identify(&mine.identity);
+    epx__identify(&mine.identity);
     EPX__TRY(gather(config, &mine, sizeof(mine), arrivals));
     EPX__TRY(check_arrivals(arrivals, config->ranks));
     for (int rank = 1; rank < config->ranks; rank++)
-        one_host = one_host && !memcmp(&arrivals[rank].identity, &arrivals[0].identity, sizeof(identity_t));
+        one_host = one_host && !memcmp(&arrivals[rank].identity, &arrivals[0].identity, sizeof(epx__identity_t));
     if (config->rank == 0) {
         invitation.status = (uint32_t)invite(one_host, &invitation);
         if (invitation.status != EPX_OK)

@@ -40,7 +40,9 @@ received() { # bytes that came over the link to the first host
         ip -n "$a" -s link show veth0 | awk '/RX:/ {getline; print $1}'
 }
 
-# start PORT ARGUMENT...: ranks 0 and 1 on the first host, 2 and 3 on the second.
+# start PORT ARGUMENT...: ranks 0 and 1 on the first host, 2 and 3 on the second. With `found` set, each finds out its
+# own address.
+found=
 start() {
     local port=$1 rank space address
     shift
@@ -48,7 +50,7 @@ start() {
     for rank in 0 1 2 3; do
         space=$a address=10.78.0.1
         [ "$rank" -lt 2 ] || { space=$b address=10.78.0.2; }
-        env RANK=$rank WORLD_SIZE=4 LOCAL_WORLD_SIZE=2 EPX_ROOT=10.78.0.1:$port EPX_ROOT_TOKEN=$$ EPX_ADDRESS=$address \
+        env RANK=$rank WORLD_SIZE=4 LOCAL_WORLD_SIZE=2 EPX_ROOT=10.78.0.1:$port EPX_ROOT_TOKEN=$$ ${found:-EPX_ADDRESS=$address} \
             EPX_NET=ofi:tcp EPX_RANKS_PER_DOMAIN=2 ip netns exec "$space" "$program" "$@" >"$work/out$rank" 2>&1 &
         started+=($!)
     done
@@ -77,6 +79,12 @@ before=$(received)
 start 28071 exchange
 finish 60
 [ $(($(received) - before)) -gt 100000 ] || { echo "the link carried next to nothing: $before to $(received)"; exit 1; }
+
+echo "== exchange, with addresses found"
+found=EPX_ADDRESS=
+start 28073 exchange
+finish 60
+found=
 
 echo "== the link is cut in the middle of a dispatch"
 start 28072 cut "$work"

@@ -17,16 +17,20 @@ static int take(const epx__nic_t *nics, int count, int node, uint32_t turn)
 
 static void test_rule(void)
 {
-    static const epx__nic_t lone[] = {{"lo", "127.0.0.1/32", -1, 1}};
-    static const epx__nic_t usual[] = {
-        {"docker0", "172.17.0.0/16", -1, 1}, {"eth0", "192.0.2.0/24", 0, 0}, {"lo", "127.0.0.1/32", -1, 1}};
-    static const epx__nic_t eight[] = {{"mlx5_0", "IB", 0, 0},
-                                       {"mlx5_1", "IB", 0, 0},
-                                       {"mlx5_2", "IB", 1, 0},
-                                       {"mlx5_3", "IB", 1, 0},
-                                       {"mlx5_4", "OTHER", 1, 0}};
+    static const epx__nic_t lone[] = {{"lo", "127.0.0.1/32", -1, EPX__NIC_LOOPBACK}};
+    static const epx__nic_t container[] = {{"lo", "127.0.0.1/32", -1, EPX__NIC_LOOPBACK},
+                                           {"eth0", "198.51.100.0/24", -1, EPX__NIC_VIRTUAL}};
+    static const epx__nic_t usual[] = {{"docker0", "172.17.0.0/16", -1, EPX__NIC_VIRTUAL},
+                                       {"eth0", "192.0.2.0/24", 0, EPX__NIC_CARD},
+                                       {"lo", "127.0.0.1/32", -1, EPX__NIC_LOOPBACK}};
+    static const epx__nic_t eight[] = {{"mlx5_0", "IB", 0, EPX__NIC_CARD},
+                                       {"mlx5_1", "IB", 0, EPX__NIC_CARD},
+                                       {"mlx5_2", "IB", 1, EPX__NIC_CARD},
+                                       {"mlx5_3", "IB", 1, EPX__NIC_CARD},
+                                       {"mlx5_4", "OTHER", 1, EPX__NIC_CARD}};
     CHECK(take(lone, 1, 0, 3) == 0, "nothing else is there");
     for (uint32_t turn = 0; turn < 4; turn++) {
+        CHECK(take(container, 2, 0, turn) == 1, "the one that leads somewhere, turn %u", turn);
         CHECK(take(usual, 3, 0, turn) == 1, "the one that is real, turn %u", turn);
         CHECK(take(usual, 3, 1, turn) == 1, "from another node too, turn %u", turn);
         CHECK(take(eight, 5, 0, turn) == (int)(turn % 2), "node 0, turn %u", turn);
@@ -52,11 +56,11 @@ static void file(const char *path, const char *text)
     fclose(to);
 }
 
-static void look(const char *name, int node, int is_virtual)
+static void look(const char *name, int node, epx__nic_kind_t kind)
 {
-    epx__nic_t nic = {.name = name, .fabric = "", .node = 77, .is_virtual = 77};
+    epx__nic_t nic = {.name = name, .fabric = "", .node = 77, .kind = (epx__nic_kind_t)77};
     epx__nic_look(root, &nic);
-    CHECK(nic.node == node && nic.is_virtual == is_virtual, "%s: node %d, virtual %d", name, nic.node, nic.is_virtual);
+    CHECK(nic.node == node && nic.kind == kind, "%s: node %d, kind %d", name, nic.node, (int)nic.kind);
 }
 
 static void test_files(void)
@@ -66,17 +70,21 @@ static void test_files(void)
         exit(1);
     file("sys/class/net/eth0/device/numa_node", "1\n");
     file("sys/class/net/eth1/device/vendor", "0x1af4\n"); /* a real one whose node nobody knows */
-    file("sys/class/net/lo/address", "00:00:00:00:00:00\n");
+    file("sys/class/net/lo/type", "772\n");
+    file("sys/class/net/veth0/type", "1\n");
+    file("sys/class/net/tunnel/address", "00:00:00:00:00:00\n");
     file("sys/class/infiniband/mlx5_0/device/numa_node", "3\n");
     file("sys/class/infiniband/mlx5_1/device/numa_node", "-1\n");
     file("sys/class/infiniband/mlx5_2/device/numa_node", "what\n");
-    look("eth0", 1, 0);
-    look("eth1", -1, 0);
-    look("lo", -1, 1);
-    look("mlx5_0", 3, 0);
-    look("mlx5_1", -1, 0);
-    look("mlx5_2", -1, 0);
-    look("shm", -1, 0); /* no interface at all */
+    look("eth0", 1, EPX__NIC_CARD);
+    look("eth1", -1, EPX__NIC_CARD);
+    look("lo", -1, EPX__NIC_LOOPBACK);
+    look("veth0", -1, EPX__NIC_VIRTUAL);
+    look("tunnel", -1, EPX__NIC_VIRTUAL);
+    look("mlx5_0", 3, EPX__NIC_CARD);
+    look("mlx5_1", -1, EPX__NIC_CARD);
+    look("mlx5_2", -1, EPX__NIC_CARD);
+    look("shm", -1, EPX__NIC_CARD); /* no interface at all */
     char command[128];
     snprintf(command, sizeof command, "rm -r '%s'", root);
     CHECK(system(command) == 0, "the folder is gone");
