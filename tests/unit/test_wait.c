@@ -12,6 +12,7 @@
 
 #include "base/clock.h"
 #include "common/check.h"
+#include "common/slowness.h"
 #include "device/cpu/wait.h"
 
 typedef struct shared {
@@ -145,7 +146,8 @@ static int compare_u64(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void test_wake_latency(void)
+/* The median of ten. */
+static uint64_t wake_latency_ns(void)
 {
     shared_t shared;
     memset(&shared, 0, sizeof shared);
@@ -161,8 +163,17 @@ static void test_wake_latency(void)
     pthread_join(thread, NULL);
     qsort(late, 10, sizeof late[0], compare_u64);
     printf("wake out of sleep: median %llu us\n", (unsigned long long)late[5] / 1000);
-    CHECK(late[5] < 5000000, "median wake took %llu us: rings do not wake", (unsigned long long)late[5] / 1000);
     CHECK(shared.bells[0].sleepers == 0, "a sleeper was left counted");
+    return late[5];
+}
+
+static void test_wake_latency(void)
+{
+    uint64_t median = UINT64_MAX;
+    for (int turn = 0; turn < 3 && median >= 5000000; turn++) /* others may have had the core */
+        median = wake_latency_ns();
+    CHECK((double)median < well_before(1e7, 5e6), "median wake took %llu us: rings do not wake",
+          (unsigned long long)median / 1000);
 }
 
 static uint64_t thread_cpu_ns(void)
@@ -186,8 +197,9 @@ static void test_idle(uint32_t spins)
     }
     double share = (double)(thread_cpu_ns() - cpu) / (double)(epx__now_ns() - start);
     printf("idle, spins %u: %.2f %% of a core, %llu pauses\n", spins, 100 * share, (unsigned long long)pauses);
-    CHECK(share < 0.02, "an idle waiter takes %.1f %% of a core", 100 * share);
-    CHECK(pauses > spins + 12, "sleeps are much longer than 20 ms: %llu pauses", (unsigned long long)pauses);
+    CHECK(share < 0.02 * slowness(), "an idle waiter takes %.1f %% of a core", 100 * share);
+    CHECK((double)pauses > spins + 12 / slowness(), "sleeps are much longer than 20 ms: %llu pauses",
+          (unsigned long long)pauses);
     CHECK(bell.sleepers == 0, "a sleeper was left counted");
 }
 
@@ -210,14 +222,14 @@ static void test_without_ring(void)
     CHECK(pthread_create(&thread, NULL, store_silently, &shared) == 0, "thread");
     uint64_t start = epx__now_ns();
     CHECK(await(&waiter, &shared.words[0], 1), "hung without a ring");
-    CHECK(epx__now_ns() - start < 1000000000u, "sleeps are not bounded");
+    CHECK((double)(epx__now_ns() - start) < well_before(5e9, 1e9), "sleeps are not bounded");
     pthread_join(thread, NULL);
     epx__waiter_init(&waiter, NULL, 0); /* no bell at all */
     CHECK(await(&waiter, &shared.words[0], 1), "no bell");
     start = epx__now_ns();
     for (int i = 0; i < 20; i++)
         epx__waiter_pause(&waiter, never, NULL);
-    CHECK(epx__now_ns() - start < 500000000u, "pauses without a bell are short");
+    CHECK((double)(epx__now_ns() - start) < 5e8 * slowness(), "pauses without a bell are short");
 }
 
 int main(void)
