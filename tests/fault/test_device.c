@@ -37,7 +37,7 @@ static epx_status_t make_all(all_t *all)
     EPX__TRY(epx__device_cpu.open(-1, &all->device));
     EPX__TRY(epx__fdserver_open(&all->server));
     EPX__TRY(epx__window_create(all->device, all->server, BYTES, &all->window, &all->exported));
-    EPX__TRY(epx__fd_fetch(&all->exported, 2000, &all->fd));
+    EPX__TRY(epx__fd_fetch(&all->exported, 8000, &all->fd));
     EPX__TRY(all->device->ops->window_map(all->device, &all->exported, all->fd, &all->mapped));
     return epx__workers_create(3, &all->workers);
 }
@@ -108,44 +108,53 @@ static uint64_t process_cpu_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Child: serves without a descriptor to accept with for a second, then with. Exits 0 if that cost little CPU. */
-static int starved_server(int out)
+/* Child: serves without a descriptor to accept with until it is told, then with, until it is told again. Exits 0 if the
+ * first cost little CPU. */
+static int starved_server(int out, int told)
 {
+    char byte;
     all_t all;
     memset(&all, 0, sizeof all);
     if (epx__device_cpu.open(-1, &all.device) != EPX_OK || epx__fdserver_open(&all.server) != EPX_OK ||
         epx__window_create(all.device, all.server, BYTES, &all.window, &all.exported) != EPX_OK)
         return 1;
     rlim_t before = allow_no_more_descriptors();
-    uint64_t cpu = process_cpu_ns();
+    uint64_t cpu = process_cpu_ns(), start = epx__now_ns();
     if (write(out, &all.exported, sizeof all.exported) != (ssize_t)sizeof all.exported)
         return 2;
-    epx__sleep_ns(1000000000);
+    if (read(told, &byte, 1) != 1)
+        return 4;
     cpu = process_cpu_ns() - cpu;
+    uint64_t took = epx__now_ns() - start;
     allow_descriptors(before);
-    epx__sleep_ns(1500000000);
+    if (read(told, &byte, 1) != 1)
+        return 5;
     all.fd = -1;
     drop_all(&all);
-    return cpu < 100000000 ? 0 : 3;
+    return cpu < took / 10 ? 0 : 3;
 }
 
 static void test_starved_server(void)
 {
-    int pipe_[2];
-    CHECK(pipe2(pipe_, O_CLOEXEC) == 0, "pipe");
+    int up[2], down[2];
+    CHECK(pipe2(up, O_CLOEXEC) == 0 && pipe2(down, O_CLOEXEC) == 0, "pipe");
     fflush(stdout);
     pid_t child = fork();
     if (child == 0)
-        _exit(starved_server(pipe_[1]));
+        _exit(starved_server(up[1], down[0]));
     epx__export_t exported;
     int fd = -1, status = -1;
-    CHECK(read(pipe_[0], &exported, sizeof exported) == (ssize_t)sizeof exported, "no export came");
-    CHECK(epx__fd_fetch(&exported, 300, &fd) == EPX_E_TIMEOUT && fd == -1, "a server that cannot accept: %s",
+    CHECK(read(up[0], &exported, sizeof exported) == (ssize_t)sizeof exported, "no export came");
+    CHECK(epx__fd_fetch(&exported, 700, &fd) == EPX_E_TIMEOUT && fd == -1, "a server that cannot accept: %s",
           epx__detail());
-    CHECK(epx__fd_fetch(&exported, 2000, &fd) == EPX_OK, "it can again: %s", epx__detail());
+    CHECK(write(down[1], "", 1) == 1, "pipe");
+    CHECK(epx__fd_fetch(&exported, 8000, &fd) == EPX_OK, "it can again: %s", epx__detail());
+    CHECK(write(down[1], "", 1) == 1, "pipe");
     close(fd);
-    close(pipe_[0]);
-    close(pipe_[1]);
+    for (int end = 0; end < 2; end++) {
+        close(up[end]);
+        close(down[end]);
+    }
     CHECK(waitpid(child, &status, 0) == child && status == 0, "child: %#x (0x300: the starved server spins)", status);
 }
 
@@ -162,16 +171,16 @@ static void test_starved_client(void)
         struct rlimit limit;
         rlim_t before = allow_no_more_descriptors();
         int fd = -1;
-        bool fine = epx__fd_fetch(&all.exported, 500, &fd) == EPX_E_SYSTEM && fd == -1;
+        bool fine = epx__fd_fetch(&all.exported, 8000, &fd) == EPX_E_SYSTEM && fd == -1;
         getrlimit(RLIMIT_NOFILE, &limit);
         limit.rlim_cur++;
         setrlimit(RLIMIT_NOFILE, &limit);
         int descriptors;
-        fine = epx__fd_fetch(&all.exported, 500, &fd) == EPX_E_SYSTEM && fd == -1 && fine;
+        fine = epx__fd_fetch(&all.exported, 8000, &fd) == EPX_E_SYSTEM && fd == -1 && fine;
         fine = strstr(epx__detail(), "no room in this process") != NULL && fine;
         allow_descriptors(before);
         descriptors = count_descriptors();
-        fine = epx__fd_fetch(&all.exported, 500, &fd) == EPX_OK && count_descriptors() == descriptors + 1 && fine;
+        fine = epx__fd_fetch(&all.exported, 8000, &fd) == EPX_OK && count_descriptors() == descriptors + 1 && fine;
         _exit(fine ? 0 : 1);
     }
     int status = -1;
