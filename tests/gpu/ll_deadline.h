@@ -13,7 +13,7 @@ enum { SLOTS = 4, ABSENT = 2 };
 static void body(xt_rank_t *self)
 {
     static __thread xl_world_t w;
-    epx_buffer_config_t config = {.ll_slots = SLOTS, .ll_mask_on_timeout = 1, .timeout_ms = 700};
+    epx_buffer_config_t config = {.ll_slots = SLOTS, .ll_mask_on_timeout = 1, .timeout_ms = 3000};
     memset(&w, 0, sizeof w);
     w.seed = 41;
     w.tokens_max = 6;

@@ -1,6 +1,7 @@
 /* Instead of tests/gpu/memory_cuda.h: host memory for an emulated GPU, and graphs. */
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,8 @@
 /* The plug-in is opened by the library; its graphs are found through it. */
 __attribute__((unused)) static void *emu_graph(int what, void *graph)
 {
-    static void *(*call)(int, void *);
+    static void *(*_Atomic found)(int, void *); /* ranks are threads: whoever looks first, all find the same */
+    void *(*call)(int, void *) = atomic_load(&found);
     if (!call) {
         const epx__plugin_t *plugin;
         Dl_info where;
@@ -21,6 +23,7 @@ __attribute__((unused)) static void *emu_graph(int what, void *graph)
         *(void **)&call = object ? dlsym(object, "epx_emulate_plugin") : NULL;
         if (!call)
             exit(4);
+        atomic_store(&found, call);
     }
     return call(what, graph);
 }
