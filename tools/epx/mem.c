@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static char words[512];
+static _Thread_local char words[512];
 
 /* Beside the command: BIN/libepx_bench_cuda.so and BIN/../lib; else wherever the loader looks. */
 static void *open_plugin(const char *name)

@@ -97,7 +97,7 @@ typedef struct mem_ops {
     const carry_ops_t *carry; /* NULL: this memory is the host's */
 } mem_ops_t;
 
-/* The table for a resolved backend; NULL with `why` (one line, static). */
+/* The table for a resolved backend; NULL with `why` (one line, good until the thread asks again). */
 const mem_ops_t *mem_ops_for(epx_backend_t backend, const char **why);
 
 extern const mem_ops_t mem_ops_cpu;

@@ -42,7 +42,7 @@ typedef struct stream_ops {
     const char *(*words)(void); /* of the thread's last failure */
 } stream_ops_t;
 
-/* Opens the plug-in; NULL with `why` (one line, static). */
+/* Opens the plug-in; NULL with `why` (one line, good until the thread asks again). */
 const stream_ops_t *stream_ops_open(const char **why);
 
 #endif
