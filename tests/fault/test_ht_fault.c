@@ -395,7 +395,7 @@ static void body_killed(xt_rank_t *self)
     bool timed = plan->after_us > 0;
     trip_t t;
     /* That a rank is stopped nobody is told: its calls have to give up, and not before. */
-    uint64_t deadline_ms = plan->stop ? (uint64_t)well_before(PATIENT_MS, 1000) : PATIENT_MS;
+    uint64_t deadline_ms = plan->stop ? (uint64_t)well_before(PATIENT_MS / 2, 1000) : PATIENT_MS;
     /* Timed: large rows, so that the rank dies in the middle of them. */
     if (!trip_make(self, &t, timed ? 64u << 10 : ROW, timed ? 24 : TOKENS, deadline_ms))
         return;

@@ -275,7 +275,7 @@ static void run_everywhere(const xt_run_t *run)
 int main(int argc, char **argv)
 {
     const char *part = argc > 1 ? argv[1] : "";
-    impatient_ms = (uint64_t)well_before(PATIENT_MS, 1000);
+    impatient_ms = (uint64_t)well_before(PATIENT_MS / 2, 1000);
     kill_plan_t plans[] = {{.victim = 1}, {.victim = 0}, {.victim = 1, .by_caller = true}};
     xt_run_t runs[] = {
         {.name = "late rank", .ranks = 3, .body = body_late},

@@ -463,7 +463,7 @@ static void body_oom(xt_rank_t *self)
     epx_buffer_config_t c = {.size = sizeof c, .lease_bytes = 1u << 16, .reserve_bytes = 1u << 16, .tokens_max = 4};
     c.topk_max = c.experts_max = 4;
     c.handles_max = c.leases_max = 2;
-    c.timeout_ms = (uint64_t)(2000 * slowness());
+    c.timeout_ms = (uint64_t)well_before(8000, 2000);
     c.ll_tokens_max = TOKENS;
     c.ll_hidden_max = HIDDEN;
     c.ll_zero_copy = 1;
@@ -503,7 +503,7 @@ static void run_oom(void)
         xt_run_t r = {.name = name, .ranks = 2, .ranks_per_domain = 1, .quiet = true, .threads = 1, .body = body_oom};
         r.context = &at;
         /* A rank whose bootstrap fails leaves, and the other waits for it. */
-        r.timeout_ms = (uint64_t)(1500 * slowness());
+        r.timeout_ms = (uint64_t)well_before(6000, 1500);
         int64_t live = epx__alloc_live();
         runs++;
         failed += xt_run(&r);

@@ -8,10 +8,30 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/slowness.h"
+#include "api/names.h"
+#include "api/objects.h"
 #include "common/world.h"
 
-enum { TOKENS = 4, ROW = 64, PATIENT_MS = 10000 };
+#include <unistd.h>
+
+enum { TOKENS = 4, ROW = 64, PATIENT_MS = 20000, DEADLINE_MS = 500 };
+
+/* Where a rank says for whom it waits. */
+static const uint64_t *waits_word(epx_buffer_t *buffer)
+{
+    if (epx__buffer_find(&buffer, "test_waits_for") != EPX_OK)
+        exit(1);
+    const uint8_t *window = buffer->x.window.base;
+    return ((const epx__control_t *)(const void *)(window + buffer->x.layout.control_offset))->waits;
+}
+
+static bool wait_until_held_up(xt_rank_t *self)
+{
+    const uint64_t *word = (const uint64_t *)atomic_load(&self->world->note[0]);
+    for (int ms = 0; ms < PATIENT_MS / 2 && word && __atomic_load_n(word, __ATOMIC_RELAXED) != 2 + 1; ms++)
+        usleep(1000);
+    return word && __atomic_load_n(word, __ATOMIC_RELAXED) == 2 + 1;
+}
 
 static void body(xt_rank_t *self)
 {
@@ -26,10 +46,14 @@ static void body(xt_rank_t *self)
                         .topk_idx = ids,
                         .topk = 1,
                         .experts = 4,
-                        .timeout_ms = self->rank == 1 ? (uint64_t)well_before(PATIENT_MS, 700) : PATIENT_MS};
+                        .timeout_ms = self->rank == 1 ? DEADLINE_MS : PATIENT_MS};
     bool good = XT_OK(self, epx_buffer_create(self->group, &config, &buffer));
+    if (good && self->rank == 0)
+        atomic_store(&self->world->note[0], (long)waits_word(buffer));
     xt_mark(self, 0);
     xt_wait_mark(self, 0, self->ranks);
+    if (good && self->rank == 1)
+        XT_CHECK(self, wait_until_held_up(self), "rank 0 does not say that it waits for rank 2");
     if (good && self->rank != 2) {
         epx_status_t status = epx_dispatch_begin(buffer, &d, NULL, &handle);
         const char *words = epx_error_detail();

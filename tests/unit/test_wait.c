@@ -128,11 +128,13 @@ static void test_processes(uint32_t spins, uint64_t rounds)
     munmap(shared, sizeof *shared);
 }
 
+enum { RINGS = 16 };
+
 /* Woken out of a real sleep: well under the sleep's own 20 ms. */
 static void *ring_later(void *context)
 {
     shared_t *shared = context;
-    for (uint64_t i = 1; i <= 10; i++) {
+    for (uint64_t i = 1; i <= RINGS; i++) {
         epx__sleep_ns(60000000); /* the sleeper has grown to 20 ms by then */
         __atomic_store_n(&shared->words[1], epx__now_ns(), __ATOMIC_RELEASE);
         tell(shared, 0, i);
@@ -146,7 +148,7 @@ static int compare_u64(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The median of ten. */
+/* The median. */
 static uint64_t wake_latency_ns(void)
 {
     shared_t shared;
@@ -155,16 +157,16 @@ static uint64_t wake_latency_ns(void)
     epx__waiter_init(&waiter, &shared.bells[0], 100);
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, ring_later, &shared) == 0, "thread");
-    uint64_t late[10];
-    for (int i = 0; i < 10; i++) {
+    uint64_t late[RINGS];
+    for (int i = 0; i < RINGS; i++) {
         CHECK(await(&waiter, &shared.words[0], (uint64_t)i + 1), "ring %d was lost", i);
         late[i] = epx__now_ns() - __atomic_load_n(&shared.words[1], __ATOMIC_ACQUIRE);
     }
     pthread_join(thread, NULL);
-    qsort(late, 10, sizeof late[0], compare_u64);
-    printf("wake out of sleep: median %llu us\n", (unsigned long long)late[5] / 1000);
+    qsort(late, RINGS, sizeof late[0], compare_u64);
+    printf("wake out of sleep: median %llu us\n", (unsigned long long)late[RINGS / 2] / 1000);
     CHECK(shared.bells[0].sleepers == 0, "a sleeper was left counted");
-    return late[5];
+    return late[RINGS / 2];
 }
 
 static void test_wake_latency(void)
