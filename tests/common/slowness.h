@@ -21,7 +21,9 @@ static inline double slowness(void)
     return most > 1 ? most : 1;
 }
 
-/* `most` on a machine as it is, but always short of the deadline that it must be told from. Same unit. */
+/* `most` on a machine as it is, but always short of the deadline that it must be told from. Same unit. For a deadline
+ * that must pass before another does, `deadline` is a part of that one only.
+ */
 static inline double well_before(double deadline, double most)
 {
     double stretched = most * slowness();
