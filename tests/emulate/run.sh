@@ -21,6 +21,7 @@ EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp run "$out/tests/emulate_graph" 5
 run "$out/tests/emulate_differential" "" "$percent"
 EPX_EMULATE_SMS=12 run "$out/tests/emulate_differential" "holes, own" 100
 run "$out/tests/emulate_bounds"
+EPX_EMULATE_SMS=168 EPX_EMULATE_SHARED=16384 run "$out/tests/emulate_laps" # 56 for a rank, 11 warps a block
 run "$out/tests/emulate_fault"
 run "$out/tests/emulate_order" 3
 if [ -e "$out/lib/libepx_ofi.so" ]; then

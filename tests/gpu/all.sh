@@ -108,6 +108,7 @@ section_ht1() { # high throughput in one domain, ranks share a GPU
     step stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
     step bounds 25 "$tests/gpu_test_bounds"
     step order 20 "$tests/gpu_test_order"
+    step laps 15 "$tests/gpu_test_laps"
     step graphs 25 "$tests/gpu_test_graph" "$(pct 60)"
 }
 
@@ -132,6 +133,7 @@ section_ht() {
     step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
     step bounds 20 "$tests/gpu_test_bounds"
     step order 15 "$tests/gpu_test_order"
+    step laps 15 "$tests/gpu_test_laps"
     EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "two" "$(pct 2)"
 }
 bench() { # NAME ARGUMENTS...

@@ -28,6 +28,8 @@ __attribute__((unused)) static void *emu_graph(int what, void *graph)
     return call(what, graph);
 }
 
+#define GPU_EMULATED 1 /* kernels run in the thread that launches them */
+
 typedef void *cudaGraph_t, *cudaGraphExec_t;
 #define GPU_CHECK(call) ((void)(call))
 #define cudaStreamCreateWithFlags(stream, flags) (*(stream) = NULL)

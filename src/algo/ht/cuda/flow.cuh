@@ -5,7 +5,7 @@
  * than peers a warp moves all rows of its peers. A batch may be moved once its gate word allows: the rows have arrived
  * (copying out), or the ring's earlier rows have been read (pushing). When all rows of a batch have been moved, by
  * whichever warps, the last one publishes the batch's word at the peer. Words are kept per batch modulo HT_WORDS and
- * only grow.
+ * only grow: of two batches that share one, the later waits for the earlier, since laps divide HT_WORDS (halves.c).
  *
  * A warp that serves several peers never waits for one of them: it looks at each in turn (see docs/PROTOCOL-HT.md, why
  * a fixed order can close a circle).

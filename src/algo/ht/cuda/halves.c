@@ -253,6 +253,19 @@ static uint32_t rings_of(const ht_cuda_t *h)
     return h->rails ? (t->per_domain > 1 ? (uint32_t)t->per_domain : 0) : (uint32_t)t->ranks - 1;
 }
 
+_Static_assert((HT_WORDS & (HT_WORDS - 1)) == 0, "lap_of makes what divides it");
+
+/* How many batches a ring has, of those that there is room for: a power of two, so that it divides HT_WORDS. Batch b
+ * waits for no other than b - lap, and that one for b - 2 lap, so whatever is late in batch b holds up b + lap, b + 2
+ * lap, ... alone. b + HT_WORDS, which has the same words and counter, must be one of these. */
+static uint64_t lap_of(uint64_t batches)
+{
+    uint64_t lap = batches ? 1 : 0;
+    while (2 * lap <= batches && lap < HT_WORDS)
+        lap *= 2;
+    return lap;
+}
+
 /* Rings for peers in the reserve: rows in one, and rows behind a progress word. */
 static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, uint64_t *ring_bytes, uint64_t *rows,
                              uint32_t *batch)
@@ -263,7 +276,7 @@ static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, 
     *rows = epx__place_capacity(shape, *ring_bytes);
     *batch = *rows / 4 < HT_BATCH_LEAST ? (uint32_t)(*rows / 4) : HT_BATCH_LEAST;
     *batch = *batch ? *batch : 1;
-    *rows = *rows < (uint64_t)HT_WORDS * *batch ? *rows / *batch * *batch : (uint64_t)HT_WORDS * *batch;
+    *rows = lap_of(*rows / *batch) * *batch;
     if (peers && *rows == 0)
         return epx__fail(
             EPX_E_INVALID,
