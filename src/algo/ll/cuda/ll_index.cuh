@@ -56,8 +56,13 @@ EPX__DEVICE int read_ids(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t 
     return came;
 }
 
-/* Who was heard is the same for all blocks of the call, also when one of them lost patience. */
-static __device__ void agree_on_heard(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x, int source, int came)
+/*
+ * Who was heard is the same for all blocks of the call, also when one of them lost patience, or found the rank `masked`
+ * before it looked: by the caller, so all blocks do; or by another block in this call, perhaps after a third has heard
+ * it. The first to know decides.
+ */
+static __device__ void agree_on_heard(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x, int source, int came,
+                                      bool masked)
 {
     const ll_common_t &l = p.l;
     uint32_t pairs = l.c.layout.ll.tokens_max * l.topk, base = (uint32_t)source * pairs;
@@ -69,7 +74,7 @@ static __device__ void agree_on_heard(const ll_dispatch_t &p, ll_head_t &h, cons
             seen = before == seen ? mine : before;
         }
         h.again = seen & 3;
-        if (h.again == 2)
+        if (h.again == 2 && !masked) /* else that was said by whoever masked it */
             ll_give_up(l, h.n, source);
     }
     __syncthreads();
@@ -111,6 +116,15 @@ static __device__ void count_before(const ll_dispatch_t &p, const ll_index_t &x)
     }
 }
 
+/* The whole block: is that source masked? The same for all its threads: what follows has barriers. With mask_on_timeout
+ * other blocks of the kernel write the word meanwhile, so one look counts; else nobody does. */
+EPX__DEVICE bool is_masked(const ll_common_t &l, int source)
+{
+    if (l.mask_on_timeout)
+        return __syncthreads_or(*(volatile uint32_t *)&l.masked[source] != 0) != 0;
+    return l.masked[source] != 0;
+}
+
 /* The whole block. False: stop. `wait_ns`: add the time waited for each source. */
 static __device__ bool make_index(const ll_dispatch_t &p, ll_head_t &h, const ll_index_t &x, int64_t *wait_ns)
 {
@@ -121,17 +135,17 @@ static __device__ bool make_index(const ll_dispatch_t &p, ll_head_t &h, const ll
         x.bits[i] = 0;
     for (int k = 0; k < l.c.ranks; k++) {
         int source = (l.c.rank + k) % l.c.ranks;
-        if (l.masked[source] &&
-            !(l.mask_on_timeout && *(volatile uint32_t *)&l.r.decided[source] == ll_decision(h.n, 1))) {
+        bool masked = is_masked(l, source);
+        if (masked && !l.mask_on_timeout) {
             for (uint32_t i = threadIdx.x; i < pairs; i += LL_THREADS)
                 x.ids[(uint32_t)source * pairs + i] = (uint16_t)LL_NONE;
             continue;
         }
-        int came = read_ids(p, h, x, source);
+        int came = masked ? LL_ABSENT : read_ids(p, h, x, source);
         stop = stop || came == LL_STOP;
         if (l.mask_on_timeout)
-            agree_on_heard(p, h, x, source, came);
-        if (wait_ns && threadIdx.x == 0)
+            agree_on_heard(p, h, x, source, came, masked);
+        if (wait_ns && threadIdx.x == 0 && !masked)
             wait_ns[source] += (int64_t)(globaltimer_ns() - h.start);
     }
     if (__syncthreads_or(stop))
