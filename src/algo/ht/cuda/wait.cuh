@@ -259,18 +259,39 @@ EPX__DEVICE bool look_packets(epx__message_t *m, uint64_t n, epx__pair_t *head, 
     return head->first >= n && there == (uint32_t)count;
 }
 
+/* One thread, at its look number `looks`: the head of a message is there, and not all that left before it, which is a
+ * matter of a moment. When that wait began, or 0: stop. `start` 0: now. */
+static __device__ __noinline__ uint64_t ht_rest_awaited(const ht_common_t &c, uint64_t n, int from, uint32_t looks,
+                                                        uint64_t start)
+{
+    uint64_t now = globaltimer_ns();
+    if (ht_stopped(c, n, (looks & 1023) == 0))
+        return 0;
+    if (start == 0 || now - start <= c.timeout_ns)
+        return start ? start : now;
+    ht_fault_t f = {EPX_E_TIMEOUT, HT_STAGE_MESSAGE, from, n, n, now - start};
+    ht_fail(c, n, f);
+    return 0;
+}
+
 /* One thread: the packets of `from`, words[0] the shape. False: stop. They permit nothing: no fence. */
 EPX__DEVICE bool ht_hear_packets(const ht_common_t &c, uint64_t n, int from, uint64_t *words, int count)
 {
     epx__message_t *m = mail_at(c, c.window, from, n);
     epx__pair_t head;
+    uint64_t since = 0;
     for (uint32_t looks = 1; !look_packets(m, n, &head, words, count); looks++) {
         if (head.first < n) {
             if (looks >= 16 && !ht_wait(c, n, &m->sequence, n, from, HT_STAGE_MESSAGE))
                 return false;
-        } else if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)) ||
-                   ht_stopped(c, n, false)) {
-            return false; /* the right kind's packets left before the head: at most a moment */
+            continue;
+        }
+        if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)))
+            return false;
+        if ((looks & 7) == 0) {
+            since = ht_rest_awaited(c, n, from, looks, since);
+            if (since == 0)
+                return false;
         }
     }
     if (!ht_right_kind(c, n, from, (uint32_t)head.second, (uint32_t)(head.second >> 32)))
