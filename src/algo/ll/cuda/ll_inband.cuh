@@ -42,11 +42,12 @@ EPX__DEVICE void ll_refill(void *place)
 }
 
 /* A long wait's look at everything else. Returns 0: stop, 1: nothing will come; else when the wait began, in units of
- * 1024 ns that wrap after 73 minutes: a register less in the loops that wait. `start` 0: now. */
+ * 1024 ns, four of them together (so that it is neither 0 nor 1), that wrap after 73 minutes: a register less in the
+ * loops that wait. `start` 0: now. */
 static __device__ __noinline__ uint32_t ll_patience(const ll_common_t &l, uint64_t n, int peer,
                                                     const uint64_t *left_out, uint32_t start, uint32_t polls)
 {
-    uint32_t now = (uint32_t)(globaltimer_ns() >> 10) | 2;
+    uint32_t now = ((uint32_t)(globaltimer_ns() >> 10) & ~3u) | 2; /* never before `start` */
     uint64_t most = l.c.timeout_ns >> 10 < 0xf0000000u ? l.c.timeout_ns >> 10 : 0xf0000000u;
     if (ht_stopped(l.c, n, polls % 4096 == 0))
         return 0;
