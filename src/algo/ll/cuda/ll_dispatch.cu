@@ -165,16 +165,7 @@ static __device__ void book_counts(const ll_dispatch_t &p, const ll_index_t &x)
     uint32_t ranks = (uint32_t)l.c.ranks, places = l.c.layout.ll.tokens_max, all = ranks * places;
     for (uint32_t i = threadIdx.x; i < p.parts * ranks; i += LL_THREADS) {
         uint32_t part = i / ranks, r = i % ranks, begin = rows_before(p, x, part, r * places, all);
-        uint32_t end = rows_before(p, x, part, (r + 1) * places, all);
-        if (p.layout_range)
-            p.layout_range[i] = (int64_t)((uint64_t)begin << 32 | (end - begin));
-        if (l.ranked)
-            p.recv_count[r] = (int32_t)(end - begin);
-        else if (r == ranks - 1) {
-            p.recv_count[part] = (int32_t)end;
-            if (p.expert_stats)
-                p.expert_stats[part] += (int32_t)end;
-        }
+        ll_book_part(p, part, r, begin, rows_before(p, x, part, (r + 1) * places, all));
     }
     for (uint32_t i = threadIdx.x; l.ranked && p.expert_stats && i < all * l.topk; i += LL_THREADS) {
         uint32_t e = x.ids[i];

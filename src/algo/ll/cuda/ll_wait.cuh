@@ -1,5 +1,5 @@
 /*
- * What the low-latency kernels do alike: find words, wait with a deadline, tell what earlier kernels finished.
+ * What the low-latency kernels do alike: find words, wait with a deadline, tell what earlier kernels finished, count.
  */
 #ifndef EPX_ALGO_LL_CUDA_LL_WAIT_CUH
 #define EPX_ALGO_LL_CUDA_LL_WAIT_CUH
@@ -157,6 +157,21 @@ EPX__DEVICE void ll_tell_finished(const ll_common_t &l)
             st_relaxed_sys_u64(&to->combined, l.combined[slot]);
     }
     __syncwarp();
+}
+
+/* One thread: what is said of source r's rows in a part, [begin, end). */
+EPX__DEVICE void ll_book_part(const ll_dispatch_t &p, uint32_t part, uint32_t r, uint32_t begin, uint32_t end)
+{
+    uint32_t ranks = (uint32_t)p.l.c.ranks;
+    if (p.layout_range)
+        p.layout_range[part * ranks + r] = (int64_t)((uint64_t)begin << 32 | (end - begin));
+    if (p.l.ranked)
+        p.recv_count[r] = (int32_t)(end - begin);
+    else if (r == ranks - 1) {
+        p.recv_count[part] = (int32_t)end;
+        if (p.expert_stats)
+            p.expert_stats[part] += (int32_t)end;
+    }
 }
 
 #endif
