@@ -332,7 +332,7 @@ static void leave_body(net_rank_t *self)
     CHECK(flushed == EPX_OK, "%s: all was applied before the peer left, but flush says %s", spec,
           epx_status_name(flushed));
     char words[EPX__CHANNELS_WORDS];
-    epx__deadline_t deadline = epx__deadline_ms(timeout_ms);
+    epx__deadline_t deadline = epx__deadline_ms((uint64_t)((double)timeout_ms * slowness()));
     while (refused == EPX_OK && !epx__deadline_passed(&deadline)) { /* until its bye is here; the window bounds it */
         refused = epx_port_signal(channel);
         epx__channels_words(self->channels, words); /* the proxy's thread writes them meanwhile */
