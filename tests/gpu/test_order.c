@@ -20,8 +20,8 @@ typedef struct side {
     epx_buffer_t *buffer;
     epx_handle_t *handle;
     cudaStream_t stream, other;
-    void *ids, *x, *y, *out;                       /* high throughput */
-    void *ll_x, *ll_recv, *ll_y, *ll_out;          /* low latency */
+    void *ids, *x, *y, *out;              /* high throughput */
+    void *ll_x, *ll_recv, *ll_y, *ll_out; /* low latency */
     int32_t *ll_count, *ll_source;
 } side_t;
 

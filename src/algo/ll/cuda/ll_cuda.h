@@ -21,10 +21,11 @@ extern "C" {
 #define LL_NONE 0xffffu /* local expert of an id that is not of this rank */
 #define LL_SHARED_MOST 163840u
 #define LL_THREADS 1024
-#define LL_TEAM_WARPS 16u  /* warps that send one token */
-#define LL_PIECE 1024u     /* elements of a row that a warp spreads */
-#define LL_SUM_PIECE 512u  /* elements of a row that a warp adds */
-#define LL_KIND_DISPATCH 6 /* for the words of a failure; after enum epx__kind */
+#define LL_RANKS_MOST 4096u /* a group has no more */
+#define LL_TEAM_WARPS 16u   /* warps that send one token */
+#define LL_PIECE 1024u      /* elements of a row that a warp spreads */
+#define LL_SUM_PIECE 512u   /* elements of a row that a warp adds */
+#define LL_KIND_DISPATCH 6  /* for the words of a failure; after enum epx__kind */
 #define LL_KIND_COMBINE 7
 
 /* Device memory, one per buffer. Kernels of one buffer's low latency run one after another. */

@@ -12,6 +12,8 @@ typedef struct ll_head {
     uint64_t n, slot, start;
     uint32_t stop;
     uint32_t again;
+    uint32_t go[LL_RANKS_MOST / 32];   /* bits: ranks that dispatch sends to now */
+    uint32_t left[LL_RANKS_MOST / 32]; /* later */
 } ll_head_t;
 
 /* Where ids, bitmaps and counts lie: in shared memory, or, for large shapes, in global memory. */
