@@ -5,6 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "algo/ll/net.h"
+#include "api/names.h"
+#include "api/objects.h"
+
 static void *take(size_t bytes)
 {
     void *memory = calloc(1, bytes ? bytes : 1);
@@ -561,4 +565,59 @@ bool xl_run_pair(xl_world_t *w, uint32_t op)
     xl_fini(&a);
     xl_fini(&b);
     return good && xl_check_wire(w, op);
+}
+
+/* ---- what a wait that did not end leaves ---- */
+
+/* In device memory when its threads push. */
+static unsigned long long pushed(const xl_world_t *w, const uint64_t *word)
+{
+    uint64_t value = 0;
+    w->self->memory->get(&value, word, sizeof value);
+    return value;
+}
+
+/* Read without locks: nothing moves any more, or nearly. */
+static void say_lane(const xl_world_t *w, const epx__channels_t *channels, const epx__lane_t *lane)
+{
+    const epx_port_channel_t *port = &channels->port[lane->number];
+    printf("    rank %u: pushed %llu, put %llu, applied there %llu; applied here %llu, the next %s, untold %u%s\n",
+           lane->rank, pushed(w, port->issued), (unsigned long long)lane->sent,
+           (unsigned long long)epx_ld_relaxed_sys_u64(port->acked), (unsigned long long)lane->next,
+           lane->arrived[lane->next & (2 * channels->window - 1)] ? "has come" : "has not come", lane->owed,
+           lane->dead ? ", dead" : "");
+}
+
+static void say_words(const epx__ll_net_t *net, const epx__ll_layout_t *layout, uint32_t rank)
+{
+    const char *base = net->channels->memory[EPX__LL_NET_WINDOW].base;
+    for (uint64_t slot = 0; slot < layout->slots; slot++) {
+        const epx__ll_words_t *words =
+            (const void *)(base + epx__ll_words_at(layout, slot, rank) - layout->words_offset);
+        printf("      slot %llu: dispatched %llu, combined %llu, taken %llu, left out %llu\n", (unsigned long long)slot,
+               (unsigned long long)words->dispatched, (unsigned long long)words->combined,
+               (unsigned long long)words->taken, (unsigned long long)words->left_out);
+    }
+}
+
+void xl_say_channels(const xl_world_t *w)
+{
+    epx_buffer_t *inside = w->buffer; /* behind its name */
+    const epx__ll_net_t *net = epx__buffer_find(&inside, "xl_say_channels") == EPX_OK ? inside->x.ll_net : NULL;
+    for (uint32_t p = 0; net && p < net->channels->proxies; p++) {
+        const epx__proxy_t *proxy = &net->channels->proxy[p];
+        unsigned long long head = 0;
+        for (uint32_t i = 0; i < proxy->lane_count; i++)
+            if (proxy->lanes[i].arrived)
+                head = pushed(w, net->channels->port[proxy->lanes[i].number].fifo_head);
+        printf("  rank %d, proxy %u: %llu requests taken of %llu pushed\n", w->self->rank, p,
+               (unsigned long long)proxy->tail, head);
+        for (uint32_t i = 0; i < proxy->lane_count; i++) {
+            if (!proxy->lanes[i].arrived)
+                continue;
+            say_lane(w, net->channels, &proxy->lanes[i]);
+            say_words(net, &inside->x.layout.ll, proxy->lanes[i].rank);
+        }
+    }
+    fflush(stdout);
 }

@@ -56,6 +56,8 @@ bool xl_combine_recv(xl_call_t *c); /* and compare */
 /* Other ids and values for the same call: what a replayed graph finds. */
 void xl_remake(xl_call_t *c, uint32_t variant);
 void xl_fini(xl_call_t *c);
+/* After a wait that did not end: where every far rank's channel and words are, for who looks for the reason. */
+void xl_say_channels(const xl_world_t *w);
 /* All of one call, and the bytes on the wire. */
 bool xl_run(xl_world_t *w, uint32_t op);
 /* Two calls in flight, op and op + 1: halves in an order that is the same on all ranks and keeps each call's own. */

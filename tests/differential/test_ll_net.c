@@ -91,6 +91,8 @@ static void body(xt_rank_t *self)
             w.wire = traffic.net_bytes;
         }
         XT_CHECK(self, good, "call %u", op);
+        if (!good)
+            xl_say_channels(&w);
     }
     if (good)
         XT_OK(self, epx_buffer_status(w.buffer));

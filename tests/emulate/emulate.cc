@@ -2,6 +2,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "fiber.h"
 
@@ -293,6 +294,17 @@ static void prepare(emu_grid *g, uint32_t index, uint32_t threads)
     f->stack_pointer = top;
 }
 
+/* To other ranks' grids, for which this one may wait: now and then by a short sleep, so that it does not depend on what
+ * the system makes of a yield alone. */
+static void give_way(uint64_t pass)
+{
+    const timespec least = {0, 1};
+    if (pass % 64)
+        sched_yield();
+    else
+        nanosleep(&least, nullptr);
+}
+
 static void run_grid(uint32_t blocks, uint32_t threads, size_t shared_bytes, void (*run)(void *), void *context)
 {
     emu_grid g = {};
@@ -316,11 +328,11 @@ static void run_grid(uint32_t blocks, uint32_t threads, size_t shared_bytes, voi
     for (uint32_t i = 0; i < g.fibers.size(); i++)
         prepare(&g, i, threads);
     emu_now = &g;
-    while (g.living) {
+    for (uint64_t pass = 1; g.living; pass++) {
         uint32_t start = (uint32_t)(emu_draw(&g) % blocks);
         for (uint32_t i = 0; i < blocks; i++)
             run_block(&g, &g.blocks[(start + i) % blocks]);
-        sched_yield();
+        give_way(pass);
     }
     emu_now = nullptr;
     for (emu_block &b : g.blocks) {

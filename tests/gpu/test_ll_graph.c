@@ -21,7 +21,10 @@ static bool finish(xt_rank_t *self, xl_world_t *w, cudaStream_t stream)
 {
     cudaError_t error = cudaStreamSynchronize(stream);
     XT_CHECK(self, error == cudaSuccess, "%s", cudaGetErrorString(error));
-    return XT_OK(self, epx_buffer_status(w->buffer)) && error == cudaSuccess;
+    bool good = XT_OK(self, epx_buffer_status(w->buffer)) && error == cudaSuccess;
+    if (!good)
+        xl_say_channels(w);
+    return good;
 }
 
 static bool record(xt_rank_t *self, xl_world_t *w, xl_call_t *a, xl_call_t *b, bool halves)

@@ -154,6 +154,17 @@ EPX__DEVICE void far_note(const ll_common_t &l, const ll_far_head_t &h, int rank
 
 /* ---- whom to serve next ---- */
 
+/* The word that is waited for in that stage. */
+EPX__DEVICE uint64_t far_seen(const ll_common_t &l, const ll_far_head_t &h, uint32_t place, uint32_t stage)
+{
+    const epx__ll_words_t *words = far_words(l, h, place);
+    if (stage == HT_STAGE_CHANNEL)
+        return ld_relaxed_sys_u64(l.far.channels[place].acked);
+    if (stage == HT_STAGE_CREDIT)
+        return ld_relaxed_sys_u64(&words->taken);
+    return ld_relaxed_sys_u64(h.kind == FAR_BACK ? &words->combined : &words->dispatched);
+}
+
 /* Nothing came in time, or never will: FAR_GIVEN_UP, FAR_STOP, or FAR_WAIT: not yet. */
 EPX__DEVICE uint32_t far_late(const ll_common_t &l, const ll_far_head_t &h, uint32_t place, uint32_t stage)
 {
@@ -171,7 +182,8 @@ EPX__DEVICE uint32_t far_late(const ll_common_t &l, const ll_far_head_t &h, uint
     if (left)
         far_fail(l, h, place, EPX_E_PEER, HT_STAGE_GONE, 0, ld_relaxed_sys_u64(l.far.channels[place].fault));
     else
-        far_fail(l, h, place, EPX_E_TIMEOUT, stage == HT_STAGE_GONE ? HT_STAGE_ARRIVAL : stage, h.n, 0);
+        far_fail(l, h, place, EPX_E_TIMEOUT, stage == HT_STAGE_GONE ? HT_STAGE_ARRIVAL : stage, h.n,
+                 far_seen(l, h, place, stage));
     return FAR_STOP;
 }
 
