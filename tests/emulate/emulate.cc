@@ -294,8 +294,8 @@ static void prepare(emu_grid *g, uint32_t index, uint32_t threads)
     f->stack_pointer = top;
 }
 
-/* To other ranks' grids, for which this one may wait: now and then by a short sleep, so that it does not depend on what
- * the system makes of a yield alone. */
+/* To other ranks' grids, for which this one may wait: now and then by a short sleep. With yields alone Linux 6.18 has
+ * starved other threads, its own kworkers among them ("workqueue lockup"), until those that yielded gave up. */
 static void give_way(uint64_t pass)
 {
     const timespec least = {0, 1};

@@ -560,8 +560,8 @@ static void run(const char *name, const char *net, int ranks, int per_domain, vo
     r.ranks_per_domain = per_domain;
     r.context = (void *)context;
     r.may_die = may_die;
-    /* One run in some twenty, emulated ranks that are processes do not get on for a minute; which of them waits for
-     * what is not known yet. Their deadline comes before the limit, so that its words say so. */
+    /* Emulated ranks have stood still for a minute, when the system starved some of them (tests/emulate/emulate.cc,
+     * give_way). Their deadline comes before the limit, so that its words say who waited for whom. */
     r.again = kernels() && r.processes;
     r.limit_ms = kernels() ? 2 * patient_ms() + 30000 : 30000;
     xt_run(&r);

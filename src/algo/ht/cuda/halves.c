@@ -260,10 +260,10 @@ _Static_assert((HT_WORDS & (HT_WORDS - 1)) == 0, "lap_of makes what divides it")
  * lap, ... alone. b + HT_WORDS, which has the same words and counter, must be one of these. */
 static uint64_t lap_of(uint64_t batches)
 {
-    uint64_t lap = batches ? 1 : 0;
+    uint64_t lap = 1;
     while (2 * lap <= batches && lap < HT_WORDS)
         lap *= 2;
-    return lap;
+    return batches ? lap : 0;
 }
 
 /* Rings for peers in the reserve: rows in one, and rows behind a progress word. */
