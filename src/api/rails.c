@@ -225,7 +225,7 @@ void epx__buffer_rails_listen_no_more(epx_buffer_t *buffer)
 {
     const epx__rails_t *rails = buffer->x.net;
     own_t *own = rails ? rails->api : NULL;
-    if (own && own->notice_slot >= 0)
+    if (own)
         epx__bootstrap_off_notice(buffer->group->bootstrap, own->notice_slot);
 }
 

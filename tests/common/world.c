@@ -297,21 +297,14 @@ long xt_run(const xt_run_t *run)
     else
         run_threads(run, world);
     long failed = atomic_load(&world->failed), passed = atomic_load(&world->passed);
-    bool again = failed && run->again;
-    total_failed += again ? 0 : failed;
-    total_passed += again ? 0 : passed;
+    total_failed += failed;
+    total_passed += passed;
     if (!run->quiet || failed)
         printf("%-40s %2d %s %9ld checks %6ld wrong %6llu ms\n", run->name, run->ranks,
                run->processes ? "processes" : "threads  ", passed + failed, failed,
                (unsigned long long)(now_ms() - start));
     fflush(stdout);
     munmap(world, sizeof *world);
-    if (again) {
-        printf("%s: once more\n", run->name);
-        xt_run_t last = *run;
-        last.again = false;
-        return xt_run(&last);
-    }
     return failed;
 }
 

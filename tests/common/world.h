@@ -67,7 +67,6 @@ typedef struct xt_run {
     uint64_t limit_ms;    /* processes still alive then are killed and count as failures; default 100 s */
     uint64_t seed;
     uint64_t may_die; /* bit r: rank r is expected to be killed (processes) */
-    bool again;       /* what fails is shown, and run once more: that counts. For what is known to fail seldom */
     void (*body)(xt_rank_t *self);
     void *context;
 } xt_run_t;

@@ -560,9 +560,7 @@ static void run(const char *name, const char *net, int ranks, int per_domain, vo
     r.ranks_per_domain = per_domain;
     r.context = (void *)context;
     r.may_die = may_die;
-    /* Emulated ranks have stood still for a minute, when the system starved some of them (tests/emulate/emulate.cc,
-     * give_way). Their deadline comes before the limit, so that its words say who waited for whom. */
-    r.again = kernels() && r.processes;
+    /* The ranks' deadline comes before the limit, so that its words say who waited for whom. */
     r.limit_ms = kernels() ? 2 * patient_ms() + 30000 : 30000;
     xt_run(&r);
 }
