@@ -1,7 +1,7 @@
 /*
- * Low-latency dispatch with flags, the sender's side: ids, weights and shape to every near rank, rows to who wants them.
- * Both wait for credit only: that a rank has taken what came in the slot's last call. With mask_on_timeout each rank is
- * sent to as it gives credit.
+ * Low-latency dispatch with flags, the sender's side: ids, weights and shape to every near rank, rows to who wants
+ * them. Both wait for credit only: that a rank has taken what came in the slot's last call. With mask_on_timeout each
+ * rank is sent to as it gives credit.
  */
 #ifndef EPX_ALGO_LL_CUDA_LL_SEND_CUH
 #define EPX_ALGO_LL_CUDA_LL_SEND_CUH
