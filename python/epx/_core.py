@@ -53,6 +53,7 @@ class Core:
         self.pending = deque()
         self.leases = 0  # alive; changed with the lock held
         self.received = _abi.Received()  # where the call under way, which holds the lock, is told what came
+        self.way_back = None  # on a GPU: _turn.WayBack
         self.closing = False
         _cores.add(self)
         _arm_exit()
@@ -119,9 +120,11 @@ class Core:
             self.pending.clear()
             return
         while self.pending:
-            kind, value, stream, _borrowed = self.pending.popleft()
+            kind, value, stream, borrowed = self.pending.popleft()
             if kind == "lease":
                 self.leases -= 1
+                if borrowed is not None:
+                    stream = self.way_back.after(*borrowed)
                 self.lib.epx_lease_release(self.buffer, value, stream)
             elif kind == "captured_lease":
                 self.leases -= 1
@@ -153,10 +156,10 @@ class Core:
             self.check(self.lib.epx_lease(self.buffer, nbytes, stream, byref(number), byref(memory)))
             return self.own_lease(number.value, stream), memory.value
 
-    def own_lease(self, number, stream, captured=False):
-        """The object whose death gives lease `number` back. With the lock held."""
+    def own_lease(self, number, stream, captured=False, owner=None):
+        """The object whose death gives lease `number` back. With the lock held. owner: torch's object of `stream`, if any."""
         self.leases += 1
-        return Lease(self, number, stream, captured)
+        return Lease(self, number, stream, captured, owner)
 
     def allgather(self, data):
         """All-gather of equally long bytes over the group: a list of bytes, by rank."""
@@ -170,13 +173,19 @@ class Core:
 class Lease:
     """Holds one lease; tensors over it hold this."""
 
-    __slots__ = ("core", "number", "stream", "captured")
+    __slots__ = ("core", "number", "stream", "captured", "owner")
 
-    def __init__(self, core, number, stream, captured=False):
-        self.core, self.number, self.stream, self.captured = core, number, stream, captured
+    def __init__(self, core, number, stream, captured=False, owner=None):
+        self.core, self.number, self.stream, self.captured, self.owner = core, number, stream, captured, owner
 
     def __del__(self):
-        self.core.release("captured_lease" if self.captured else "lease", self.number, self.stream)
+        core, streams = self.core, None
+        if self.captured:
+            core.release("captured_lease", self.number, None)
+            return
+        if self.owner is not None and core.buffer:
+            streams = core.way_back.streams(self.owner)
+        core.release("lease", self.number, self.stream, streams)
 
 
 class CoreHandle:

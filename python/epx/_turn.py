@@ -12,7 +12,8 @@ class Turn:
 
     Leases and handles go back in the order of the stream that was current at the call, wherever the call ran: that is where
     their owner uses them, so what it enqueued there before it let go must come first. (The calls of a buffer are in order
-    among themselves.) torch's record_stream knows nothing of leases.
+    among themselves.) A lease also in that of the stream current where it dies (WayBack). torch's record_stream knows
+    nothing of leases.
 
     Ordinary tensors that a call on the communication stream fills belong to that stream when it waits for `previous_event`
     alone: a block of the current stream may still be in use there by work that came after the event.
@@ -58,10 +59,10 @@ class Turn:
             else:
                 self.comm.wait_stream(self.current)
         # What waits for all of a captured stream is captured with it; after an event alone, the event decides.
-        self.captured = _capturing(self.current if self.previous is None else chosen)
+        self.captured = capturing(self.current if self.previous is None else chosen)
         # Calls of one buffer come one after the other, whatever streams they are on.
         last, self.buffer._last_stream = self.buffer._last_stream, chosen
-        if last is not chosen and last is not None and last != chosen and _capturing(last) == self.captured:
+        if last is not chosen and last is not None and last != chosen and capturing(last) == self.captured:
             chosen.wait_stream(last)
 
     def allocate(self, make):
@@ -100,9 +101,9 @@ class Turn:
             return
         for tensor in tuple(self.made) + (self.inputs if self.asynchronous else ()):
             if tensor is not None:
-                tensor.record_stream(self.comm)
+                _in_use(tensor, self.comm)
                 if self.on_comm:
-                    tensor.record_stream(self.current)
+                    _in_use(tensor, self.current)
         if self.asynchronous:
             self.event = EventOverlap(EventHandle(self.comm))
         else:
@@ -110,7 +111,41 @@ class Turn:
             self.current.wait_stream(self.comm)
 
 
-def _capturing(stream):
+class WayBack:
+    """A stream for giving leases back that die while another stream is current than the owner's, the one current at the
+    call: most likely that one has used them. It waits for both, so that neither of them waits for the other."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def streams(self, owner):
+        """Where a lease of `owner` dies: None, or (owner, the current stream). From anywhere."""
+        import torch
+        device = self.stream.device_index
+        if torch._C._cuda_getCurrentRawStream(device) == owner.cuda_stream:
+            return None
+        current = torch.cuda.current_stream(device)
+        return None if capturing(current) else (owner, current)
+
+    def after(self, *streams):
+        """Address of the stream, which is now after all of these."""
+        for one in streams:
+            if not capturing(one):
+                self.stream.wait_stream(one)
+        return self.stream.cuda_stream
+
+
+def _in_use(tensor, stream):
+    """record_stream. The allocator cudaMallocAsync refuses it for memory that is not its own: a lease, which needs none."""
+    try:
+        tensor.record_stream(stream)
+    except RuntimeError:
+        import torch
+        if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+            raise
+
+
+def capturing(stream):
     """Is a CUDA graph being captured on it? Waiting across that border is an error, and needs no order."""
     import torch
     device = stream.device_index

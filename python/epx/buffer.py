@@ -6,6 +6,7 @@ import weakref
 from . import _abi
 from ._abi import byref
 from ._core import make_core
+from ._turn import WayBack
 from .config import Config
 from .errors import refuse, whole
 from .event import EventHandle, EventOverlap
@@ -146,6 +147,7 @@ class Buffer(Normal, LowLatency):
         self.enable_shrink = enable_shrink
         self._device = torch.device("cuda", core.device) if core.cuda else torch.device("cpu")
         self._comm_stream = torch.cuda.Stream(self._device, priority=-1) if core.cuda else None
+        core.way_back = WayBack(torch.cuda.Stream(self._device)) if core.cuda else None
         self._scratch = self._last_stream = None
         self._seen_stream = (None, None)  # the current stream when it was last asked for: its address, the object
         self._expert_rank, self._window = expert_rank, lease_bytes

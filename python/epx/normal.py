@@ -165,7 +165,7 @@ class Normal:
         core, device, got = self._core, self._device, self._core.received
         status = call(None, byref(got))
         if status == _abi.OK:
-            lease = core.own_lease(got.lease, turn.owner_stream, turn.captured) if got.lease else None
+            lease = core.own_lease(got.lease, turn.owner_stream, turn.captured, turn.current) if got.lease else None
             memory, over = (got.x, got.side, got.topk_idx, got.topk_weights), self._tensor.over
             return [None if one is None else over(lease, address, one[0], one[1], device)
                     for one, address in zip(wanted, memory)]

@@ -55,7 +55,7 @@ class Pretend:
     def __init__(self, device):
         self.device, self.taken, self.made_on, self.asked = device, {}, {}, 0
         self.main, self.side = Stream("main", device), Stream("side", device)
-        self.comm = Stream("comm", device)
+        self.comm, self.back = Stream("comm", device), Stream("back", device)
         self.current = self.main
 
     @contextlib.contextmanager
@@ -92,7 +92,7 @@ def prepared(group, device):
     ids = torch.arange(T * K).view(T, K) % E
     keys = dict(topk_idx=ids, topk_weights=torch.ones(T, K), num_tokens_per_expert=torch.zeros(E, dtype=torch.int32))
     cuda.install()
-    buffer._comm_stream = cuda.comm
+    buffer._comm_stream, buffer._core.way_back = cuda.comm, epx._turn.WayBack(cuda.back)
     return buffer, cuda, x, keys
 
 
@@ -182,6 +182,72 @@ def test_ordinary_memory():
     world.run(1, ordinary)
 
 
+def dropped_elsewhere(group, device):
+    """A lease that dies while another stream is current, which has then most likely used it, goes back after that one's work
+    as well as its owner's; neither of the two waits for the other. Not across a capture."""
+    buffer, cuda, x, keys = prepared(group, device)
+    given, real = [], buffer._core.lib.epx_lease_release
+
+    def lease_release(core, number, stream):
+        given.append(stream)
+        return real(core, number, stream)
+    buffer._core.lib.epx_lease_release = lease_release
+    got = buffer.dispatch(x, **keys)
+    del got
+    assert given == [cuda.main.cuda_stream]  # as ever
+    for inside in (False, True):  # in the middle of a call of the same buffer too: then it goes back with the next
+        got = buffer.dispatch(x, **keys)
+        with cuda.stream(cuda.side):
+            cuda.side.length += 7
+            if inside:
+                with buffer._core:
+                    del got
+                    assert len(given) == 2
+            else:
+                del got
+        assert len(given) == 3 if inside else 2
+        assert given[-1] == cuda.back.cuda_stream
+        assert cuda.back.after[cuda.side] >= cuda.side.length and cuda.back.after[cuda.main] >= cuda.main.length
+        assert cuda.main not in cuda.side.after and cuda.side not in cuda.main.after
+    got = buffer.dispatch(x, **keys)
+    cuda.side.captured = True
+    with cuda.stream(cuda.side):
+        del got
+    assert given[-1] == cuda.main.cuda_stream
+    gc.collect()
+    assert buffer._core.leases == 0 and len(given) == 4
+    buffer.destroy()
+
+
+def test_dropped_elsewhere():
+    world.run(1, dropped_elsewhere)
+
+
+def foreign_memory(group, device):
+    """The allocator cudaMallocAsync refuses record_stream for memory that it does not know, a lease: that is no failure."""
+    buffer, cuda, x, keys = prepared(group, device)
+    real, backend = torch.Tensor.record_stream, ["cudaMallocAsync"]
+
+    def record_stream(tensor, stream):
+        if lease_of(tensor) is not None:
+            raise RuntimeError("ptr not found in ptr_info")
+        real(tensor, stream)
+    torch.Tensor.record_stream = record_stream
+    torch.cuda.get_allocator_backend = lambda: backend[0]
+    recv, _, _, _, handle, _ = buffer.dispatch(x, **keys)
+    out, _, event = buffer.combine(recv, handle, async_finish=True)
+    event.current_stream_wait()
+    assert "comm" in cuda.taken[out.data_ptr()]
+    backend[0] = "native"
+    with pytest.raises(RuntimeError, match="ptr not found"):
+        buffer.combine(recv, handle, async_finish=True)
+    buffer.destroy()
+
+
+def test_foreign_memory():
+    world.run(1, foreign_memory)
+
+
 def one_after_the_other(group, device):
     """Calls of a buffer are in order among themselves, from whatever stream; low latency too; not across a capture."""
     buffer, cuda, x, keys = prepared(group, device)
@@ -242,6 +308,7 @@ def asked_once(group, device):
                 buffer.combine(recv, handle, async_finish=asynchronous)
             buffer.barrier()
             assert cuda.asked == before + 1
+            del recv
     buffer.destroy()
 
 
