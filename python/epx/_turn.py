@@ -62,8 +62,7 @@ class Turn:
         self.captured = capturing(self.current if self.previous is None else chosen)
         # Calls of one buffer come one after the other, whatever streams they are on.
         last, self.buffer._last_stream = self.buffer._last_stream, chosen
-        if last is not chosen and last is not None and last != chosen and capturing(last) == self.captured:
-            chosen.wait_stream(last)
+        _after(chosen, last, self.captured)
 
     def allocate(self, make):
         """Call `make` with the stream current that the tensors shall belong to."""
@@ -109,6 +108,19 @@ class Turn:
         else:
             self.event = EventOverlap(None)
             self.current.wait_stream(self.comm)
+
+
+def _after(stream, last, captured):
+    """Later work on the stream comes after that of the stream `last`, unless the border of a capture lies between."""
+    if last is not stream and last is not None and last != stream and capturing(last) == captured:
+        stream.wait_stream(last)
+
+
+def after_calls(buffer):
+    """Later work on the current stream comes after the buffer's calls so far."""
+    if buffer._comm_stream is not None:
+        current = buffer._current_stream()
+        _after(current, buffer._last_stream, capturing(current))
 
 
 class WayBack:

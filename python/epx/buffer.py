@@ -62,8 +62,8 @@ class Buffer(Normal, LowLatency):
 
     group               torch process group (NCCL or gloo), or None
     num_nvl_bytes       window bytes for received rows; 0: EPX_LEASE_BYTES (512 MiB)
-    num_rdma_bytes      with get_low_latency_rdma_size_hint's answer and low_latency_mode, the low-latency window is made
-                        now, of that shape; else by the first low-latency call
+    num_rdma_bytes      with low_latency_mode and get_low_latency_rdma_size_hint's answer, or more, the low-latency window is
+                        made now, of that shape; else by the first low-latency call
     low_latency_mode    kept, to be read back; all calls work either way
     comm                mpi4py communicator, with group=None
     num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl

@@ -10,7 +10,7 @@ import weakref
 from . import _abi
 from ._abi import byref, c_void_p
 from ._core import CoreHandle, sibling
-from ._turn import Turn, pointer
+from ._turn import Turn, after_calls, capturing, pointer
 from .errors import InvalidArgument, Unsupported, refuse, whole
 from .event import EventOverlap
 
@@ -66,9 +66,11 @@ class LowLatency:
         self._ll_spare = {}  # shape -> [tensor, weak reference to the handle that uses it]
         if not (self.low_latency_mode and _abi.library().has_ll):
             return
-        shape = _hints.get(self.num_rdma_bytes, (0, 0, 0, 0))
+        # Programs give the answer itself, or the largest of several sizes.
+        fits = [size for size, shape in _hints.items() if size <= self.num_rdma_bytes and shape[2] == self.group_size]
+        shape = _hints[max(fits)] if fits else (0, 0, 0, 0)
         answers = self._core.allgather(b"".join(n.to_bytes(8, "little") for n in shape))
-        if shape[0] and shape[2] == self.group_size and all(one == answers[0] for one in answers):
+        if fits and all(one == answers[0] for one in answers):
             self._ll(shape[0], shape[1], shape[3], 0)
 
     def _ll(self, m, h, e, k):
@@ -76,6 +78,9 @@ class LowLatency:
         _present()
         now = self._ll_shape
         if self._ll_core is None or m > now[0] or h > now[1] or e > now[2] or k > now[3]:
+            if self._comm_stream is not None and capturing(self._current_stream()):
+                refuse("low latency: there is no window for %d tokens a rank, hidden %d, %d experts and top-%d yet, and it "
+                       "cannot be made while a CUDA graph is captured: make one such call before" % (m, h, e, k))
             old = self._ll_core
             shape = (max(m, now[0]), max(h, now[1]), max(e, now[2], 1024, self._ll_options["experts_max"]),
                      max(k, now[3], 16, self._ll_options["topk_max"]))
@@ -251,6 +256,7 @@ class LowLatency:
             for place in spare:
                 user = place[1]()
                 if user is None or user.pointer is None:
+                    after_calls(self)  # its combine may be under way on another stream
                     break
             else:
                 place = [torch.zeros(shape, dtype=torch.bfloat16, device=self._device), None]

@@ -99,6 +99,24 @@ def test_numbered(ranks):
     world.run(ranks, rounds)
 
 
+def largest_of_sizes(group, device):
+    """Programs give the largest of several sizes: the window is the largest that was asked about and that it holds."""
+    ranks = group.size()
+    epx.lowlatency._hints.clear()
+    hint = epx.Buffer.get_low_latency_rdma_size_hint
+    small, wanted, other = hint(M // 2, H, ranks, ranks), hint(M, H, ranks, 3 * ranks), hint(64 * M, H, ranks + 1, ranks + 1)
+    assert small < wanted < other
+    normal = epx.Buffer.get_dispatch_config(ranks).get_rdma_buffer_size_hint(2 * H, ranks)
+    for size, shape in ((max(wanted, normal), (M, H)), (other, (M, H)), (wanted - 1, (M // 2, H)), (small - 1, (0, 0))):
+        buffer = epx.Buffer(group, 1 << 21, size, low_latency_mode=True)
+        assert buffer._ll_shape[:2] == shape and (buffer._ll_core is None) == (shape == (0, 0))
+        buffer.destroy()
+
+
+def test_largest_of_sizes():
+    world.run(2, largest_of_sizes)
+
+
 def two_in_flight(group, device):
     """Two micro-batches, all halves interleaved; and ranks far apart in time, without a barrier."""
     rank, ranks = group.rank(), group.size()

@@ -295,6 +295,30 @@ def test_one_after_the_other():
     world.run(1, one_after_the_other)
 
 
+def low_latency(group, device):
+    """The zero-copy place of a combine that may be under way on the communication stream is written after it. A window is not
+    made during a capture."""
+    buffer, cuda, x, keys = prepared(group, device)
+    rows, weights, ids = torch.ones(T, 128, dtype=torch.bfloat16), keys["topk_weights"], keys["topk_idx"]
+    cuda.main.captured = True
+    with pytest.raises(epx.InvalidArgument, match="top-2 yet, and it cannot be made while a CUDA graph is captured"):
+        buffer.low_latency_dispatch(rows, ids, T, E, use_fp8=False)
+    cuda.main.captured = False
+    handles = [buffer.low_latency_dispatch(rows, ids, T, E, use_fp8=False)[2] for _ in range(2)]
+    first = buffer.get_next_low_latency_combine_buffer(handles[0])
+    buffer.low_latency_combine(first, ids, weights, handles[0], zero_copy=True, async_finish=True)
+    assert cuda.main.after.get(cuda.comm, 0) < cuda.comm.length
+    second = buffer.get_next_low_latency_combine_buffer(handles[1])
+    assert second.data_ptr() == first.data_ptr() and cuda.main.after[cuda.comm] == cuda.comm.length
+    buffer.destroy()
+
+
+def test_low_latency():
+    if not epx._abi.library().has_ll:
+        pytest.skip("no low latency in this build of libepx.so")
+    world.run(1, low_latency)
+
+
 def asked_once(group, device):
     """torch makes an object when it is asked for the current stream: a call asks only when that is another than before."""
     buffer, cuda, x, keys = prepared(group, device)
