@@ -148,7 +148,7 @@ class Buffer(Normal, LowLatency):
         self._device = torch.device("cuda", core.device) if core.cuda else torch.device("cpu")
         self._comm_stream = torch.cuda.Stream(self._device, priority=-1) if core.cuda else None
         core.way_back = WayBack(torch.cuda.Stream(self._device)) if core.cuda else None
-        self._scratch = self._last_stream = None
+        self._scratch, self._last_stream = {}, None
         self._seen_stream = (None, None)  # the current stream when it was last asked for: its address, the object
         self._expert_rank, self._window = expert_rank, lease_bytes
         self._op_number = next(_numbers)
@@ -168,7 +168,7 @@ class Buffer(Normal, LowLatency):
 
         Received tensors that are still alive stay readable: the window then goes with the last of them.
         """
-        self._scratch = None
+        self._scratch.clear()
         self._ll_spare.clear()
         if self._ll_core is not None:
             self._ll_core.close()
@@ -254,24 +254,32 @@ class Buffer(Normal, LowLatency):
         return stream
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
-        """Window memory as a tensor: dtype, shape `size` (default: flat, all of it), `offset` bytes in.
+        """Memory as a tensor: dtype, shape `size` (default: flat, all of it), `offset` bytes in.
 
-        The piece (num_nvl_bytes or num_rdma_bytes, whichever is asked for first; at most 64 MiB) is the same at every call and
-        the program's own; peers do not write to it. Raises Busy when received tensors hold the window; InvalidArgument.
+        num_rdma_bytes of ordinary memory, or num_nvl_bytes of the window, at most 64 MiB. It is the same at every call and the
+        program's own; peers do not write to it. Raises Busy when received tensors hold the window; InvalidArgument.
         """
         import torch
-        if self._scratch is None:
-            want = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-            nbytes = min(want or 16 << 20, self._window or 16 << 20, 64 << 20)
-            lease, address = self._core.lease(nbytes, self._current())
-            self._scratch = self._tensor.over(lease, address, (nbytes,), torch.uint8, self._device)
-        if offset % dtype.itemsize or not 0 <= offset <= self._scratch.numel():
-            refuse("offset: %d; it must be a multiple of %d up to %d" % (offset, dtype.itemsize, self._scratch.numel()))
-        room = (self._scratch.numel() - offset) // dtype.itemsize
-        flat = self._scratch[offset:offset + room * dtype.itemsize].view(dtype)
+        scratch = self._scratch.get(bool(use_rdma_buffer))
+        if scratch is None:
+            scratch = self._scratch[bool(use_rdma_buffer)] = self._own_memory(use_rdma_buffer)
+        if offset % dtype.itemsize or not 0 <= offset <= scratch.numel():
+            refuse("offset: %d; it must be a multiple of %d up to %d" % (offset, dtype.itemsize, scratch.numel()))
+        room = (scratch.numel() - offset) // dtype.itemsize
+        flat = scratch[offset:offset + room * dtype.itemsize].view(dtype)
         if size is None:
             return flat
         count = torch.Size((size,) if isinstance(size, int) else size).numel()
         if count > room:
             refuse("size: %d elements; there are %d from that offset" % (count, room))
         return flat[:count].view(size)
+
+    def _own_memory(self, ordinary):
+        """uint8, flat."""
+        import torch
+        if ordinary:
+            self._core.check_usable()
+            return torch.empty(self.num_rdma_bytes or 16 << 20, dtype=torch.uint8, device=self._device)
+        nbytes = min(self.num_nvl_bytes or 16 << 20, self._window or 16 << 20, 64 << 20)
+        lease, address = self._core.lease(nbytes, self._current())
+        return self._tensor.over(lease, address, (nbytes,), torch.uint8, self._device)

@@ -143,6 +143,15 @@ def attributes(group, device):
         assert buffer.clean_low_latency_buffer(4, 128, 8 * group.size()) is None
     reserve = [by_place.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=flag) for flag in (False, True)]
     assert all(one.dim() == 1 and one.numel() > 0 for one in reserve)
+    # Programs use it as a workspace of the size that they gave, however small the window is.
+    sized = epx.Buffer(group, 1 << 21, (100 << 20) + 256)
+    local = sized.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
+    assert local.numel() == (100 << 20) + 256 and sized.get_local_buffer_tensor(torch.int32).numel() == 1 << 19
+    assert sized.get_local_buffer_tensor(torch.int32, (2, 3), 64, True).data_ptr() == local.data_ptr() + 64
+    sized.destroy()
+    with pytest.raises(epx.Broken):
+        sized.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
+    del local
     del reserve
     # The runtime's destroy is the buffer's: its low-latency window goes too.
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
