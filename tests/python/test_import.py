@@ -115,6 +115,26 @@ assert not hasattr(deep_ep, 'ElasticBuffer') and not hasattr(deep_ep, 'HybridEPB
     assert out.returncode == 0, out.stderr
 
 
+def test_a_folder_of_that_name(tmp_path):
+    """The two files of docs/python.md: what a program finds that starts its own processes."""
+    page = open(os.path.join(ROOT, "docs", "python.md")).read()
+    first, second = page.split("# deep_ep/__init__.py\n")[1].split("```")[0].split("# deep_ep/utils.py\n")
+    folder = tmp_path / "deep_ep"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(first)
+    (folder / "utils.py").write_text(second)
+    out = python("""
+import sys
+sys.path.insert(0, %r)
+from deep_ep import Buffer, Config, topk_idx_t
+from deep_ep.utils import EventHandle, EventOverlap
+import deep_ep, epx, torch
+assert Buffer is epx.Buffer and deep_ep.EventOverlap is EventOverlap is epx.EventOverlap and topk_idx_t is torch.int64
+assert not hasattr(deep_ep, 'ElasticBuffer')
+""" % str(tmp_path))
+    assert out.returncode == 0, out.stderr
+
+
 def test_refuses_beside_the_real_one():
     out = python("""
 import sys, types, epx
