@@ -390,6 +390,22 @@ typedef struct epx_traffic {
 } epx_traffic_t;
 EPX_API epx_status_t epx_buffer_get_traffic(epx_buffer_t *buffer, epx_traffic_t *traffic);
 
+/* ---- for frontends in an interpreted language ------------------------------------------------ */
+
+/* An object of the interpreter, and how its lock is taken, a reference dropped, and the lock given back. For Python:
+ * PyGILState_Ensure, Py_DecRef, PyGILState_Release. */
+typedef struct epx_owner {
+    int (*enter)(void);
+    void (*drop)(void *object);
+    void (*leave)(int state);
+    void *object;
+    const int *gone; /* not 0: the interpreter has ended; the object stays. May be NULL */
+} epx_owner_t;
+
+/* The deleter of a DLManagedTensor whose manager_ctx is an epx_owner_t: drops the object. In C, since tensors also die
+ * while an exception is on its way, when the interpreter can run no function. */
+EPX_API void epx_owner_drop(void *managed);
+
 #ifdef __cplusplus
 }
 #endif

@@ -186,6 +186,7 @@ _OTHERS = {
     "epx_group_destroy": (None, [c_void_p]),
     "epx_buffer_destroy": (None, [c_void_p]),
     "epx_handle_release": (None, [c_void_p, c_void_p]),
+    "epx_owner_drop": (None, [c_void_p]),
 }
 
 _library = None

@@ -3,6 +3,7 @@
 The parent imports torch once and initialises nothing (no CUDA, no threads), so that a fork is cheap and safe.
 """
 import datetime
+import gc
 import glob
 import multiprocessing
 import os
@@ -12,6 +13,8 @@ import time
 import traceback
 
 import pytest
+
+import epx
 
 torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
@@ -25,6 +28,11 @@ def need(ranks):
     """Skip when there are not enough GPUs for that many ranks."""
     if DEVICE == "cuda" and ranks > GPUS:
         pytest.skip("%d ranks need as many GPUs; there are %d" % (ranks, GPUS))
+
+
+def blocks():
+    """What epx knows of the tensors alive that it made over memory of the C library."""
+    return [one for one in gc.get_objects() if type(one) is epx._dlpack._Block]
 
 
 def device_of(rank):

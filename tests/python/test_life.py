@@ -16,7 +16,6 @@ import epx
 
 torch = pytest.importorskip("torch")
 import ranks as world  # noqa: E402
-from epx import _dlpack  # noqa: E402
 from reference import expected, numbered, routing  # noqa: E402
 
 H, K = 32, 2
@@ -72,7 +71,7 @@ def leases(group, device):
     """Tensors of one dispatch share a lease, which goes back with the last of them; a full window gives ordinary ones."""
     buffer, x, ids, placed, want = made(group, device, 200, lease_bytes=1 << 17, reserve_bytes=1 << 16)
     weights = torch.rand(ids.shape, device=device)
-    core, alive = buffer._core, _dlpack.alive()
+    core, alive = buffer._core, len(world.blocks())
     kept = []
     for _ in range(30):
         kept.append(buffer.dispatch(x, topk_weights=weights, **placed)[:4])
@@ -80,12 +79,12 @@ def leases(group, device):
     assert all(one[0].cpu().equal(want) for one in kept)
     parts = kept[0]
     kept.clear()
-    assert core.leases == 1 and _dlpack.alive() == alive + 3
+    assert core.leases == 1 and len(world.blocks()) == alive + 3
     a, b, c, _ = parts
     del parts, a, c
     assert core.leases == 1
     del b
-    assert core.leases == 0 and _dlpack.alive() == alive
+    assert core.leases == 0 and len(world.blocks()) == alive
 
     # Autograd keeps what it saved, until its backward is through.
     recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
@@ -152,6 +151,43 @@ def handle_pool(group, device):
 
 def test_handle_pool():
     world.run(2, handle_pool)
+
+
+def test_dying_under_an_exception(tmp_path):
+    """A received tensor that is a temporary of the expression that raises, or an output of an autograd function that fails:
+    the exception arrives, the lease goes back."""
+    program = """
+import epx, torch
+buffer = epx.Buffer(num_nvl_bytes=1 << 20, backend="cpu")
+x = torch.ones(4, 16)
+placed = dict(topk_idx=torch.zeros(4, 1, dtype=torch.int64), num_tokens_per_expert=torch.zeros(2, dtype=torch.int32))
+
+class Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        recv = buffer.dispatch(x, **placed)[0]
+        ctx.save_for_backward(recv + 1)
+        return recv, 5
+
+def refuse(tensor):
+    raise KeyError("words")
+
+for i in range(3):
+    try:
+        max(buffer.dispatch(x, **placed)[0], 1 / 0)
+    except ZeroDivisionError:
+        pass
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+            Rows.apply(x.clone().requires_grad_())
+    except KeyError as error:
+        assert error.args == ("words",)
+    assert buffer._core.leases == 0
+print("end")
+"""
+    environment = dict(os.environ, PYTHONPATH=os.path.dirname(os.path.dirname(epx.__file__)))
+    out = subprocess.run([sys.executable, "-c", program], env=environment, text=True, capture_output=True, timeout=60)
+    assert out.returncode == 0 and out.stdout == "end\n" and not out.stderr, (out.returncode, out.stderr)
 
 
 def rss():
@@ -313,7 +349,7 @@ def captured(group, device):
     recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
     where = recv.data_ptr()
     handle.core.captured = True
-    owner = next(o for _, o in _dlpack._live.values() if getattr(o, "number", None) is not None)
+    owner = next(one.keeps for one in world.blocks() if getattr(one.keeps, "number", None) is not None)
     owner.captured = True
     del recv, handle, owner
     gc.collect()
