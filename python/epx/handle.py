@@ -2,9 +2,27 @@
 
 Programs unpack and index them, so they have the arity and the tables of deep_ep; the opaque C handle travels as
 ``handle.core``. The tables are made when somebody looks (they cost several kernels; combine does not need them).
+
+Programs also keep the members alone (autograd's save_for_backward) and give a tuple of them later. So the memory of one
+member, which is never empty, owns the routing too, and its address is known.
 """
+import weakref
+
 from ._abi import HandleTables, byref
 from .errors import Broken, InvalidArgument
+
+_OWNING = {6: 0, 10: 6}  # members: which of them
+_known = weakref.WeakValueDictionary()  # address -> _Memory
+
+
+class _Memory:
+    """Of an owning member: the tensor that has it, and the CoreHandle."""
+
+    __slots__ = ("tensor", "core", "__weakref__")
+
+    def __init__(self, tensor, core):
+        self.tensor, self.core = tensor, core
+        _known[tensor.data_ptr()] = self
 
 
 class DispatchHandle(tuple):
@@ -74,13 +92,22 @@ class DispatchHandle(tuple):
 
 def check_handle(handle, core):
     """The CoreHandle in `handle`, or InvalidArgument that says what it is instead."""
-    inner = getattr(handle, "core", None)
-    if inner is None or not isinstance(handle, DispatchHandle):
-        raise InvalidArgument("handle: %s; it must be what dispatch() returned (its members alone do not do)" %
+    inner = handle.core if isinstance(handle, DispatchHandle) else _of_members(handle)
+    if inner is None:
+        raise InvalidArgument("handle: %s; it must be what dispatch() returned, or a tuple of its members themselves" %
                               type(handle).__name__)
     if inner.core is not core:
         raise InvalidArgument("handle: it was made by another buffer's dispatch")
     return inner
+
+
+def _of_members(handle):
+    """The CoreHandle of a tuple put together of a handle's members, None for anything else."""
+    if not isinstance(handle, (tuple, list)) or len(handle) not in _OWNING:
+        return None
+    member = handle[_OWNING[len(handle)]]
+    memory = _known.get(member.data_ptr()) if hasattr(member, "data_ptr") else None
+    return memory.core if memory is not None else None
 
 
 def _tables(handle):
@@ -134,11 +161,14 @@ def _tables(handle):
                 out[i] = torch.searchsorted(tokens, channel_starts(tokens_of[source])[:c].contiguous())
         return out
 
+    def owning(tensor):
+        return _tensor.over(_Memory(tensor, inner), tensor.data_ptr(), tensor.shape, tensor.dtype, device)
+
     rank_prefix = torch.cumsum(matrix, 0).int().to(device)
     channel_prefix, send_head = prefix(in_rank)
     recv_channel = received(range(ranks))
     if core.domains == 1:
-        return (rank_prefix, channel_prefix, recv_channel.int(), src_token, given, send_head)
+        return (owning(rank_prefix), channel_prefix, recv_channel.int(), src_token, given, send_head)
 
     domain_of = torch.tensor(core.domain_of, device=device)
     in_domain = torch.zeros((t, core.domains), dtype=torch.int32, device=device)
@@ -156,4 +186,5 @@ def _tables(handle):
     nvl_head = torch.full((rows, core.ranks_per_domain), -1, dtype=torch.int32, device=device)
     nvl_head[:, core.domain_index] = torch.arange(rows, dtype=torch.int32, device=device)
     return (given, rdma_prefix, channel_prefix, recv_rdma.int(), rdma_sum.int(),
-            (recv_channel + (rank_sum - mine)[:, None]).int(), rank_sum.int(), meta.view(torch.uint8), rdma_head, nvl_head)
+            (recv_channel + (rank_sum - mine)[:, None]).int(), owning(rank_sum.int()), meta.view(torch.uint8), rdma_head,
+            nvl_head)

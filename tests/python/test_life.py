@@ -15,6 +15,7 @@ import pytest
 import epx
 
 torch = pytest.importorskip("torch")
+import torch.utils.checkpoint  # noqa: E402
 import ranks as world  # noqa: E402
 from reference import expected, numbered, routing  # noqa: E402
 
@@ -151,6 +152,57 @@ def handle_pool(group, device):
 
 def test_handle_pool():
     world.run(2, handle_pool)
+
+
+class Rows(torch.autograd.Function):
+    """As programs do it: autograd keeps the handle's members, and the backward gives them to combine."""
+
+    @staticmethod
+    def forward(ctx, x, buffer, placed):
+        recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
+        ctx.save_for_backward(*handle)
+        ctx.buffer = buffer
+        return recv, handle
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return ctx.buffer.combine(grad.contiguous(), ctx.saved_tensors)[0], None, None
+
+
+def members(group, device):
+    """A tuple of a handle's members is the handle, and keeps its routing, until the last of them is gone."""
+    buffer, x, ids, placed, want = made(group, device, handles_max=4)
+    x = x.float().requires_grad_()
+    for again in (False, True):
+        if again:
+            recv = torch.utils.checkpoint.checkpoint(lambda y: Rows.apply(y, buffer, placed)[0] * 1, x, use_reentrant=False)
+        else:
+            recv, handle = Rows.apply(x, buffer, placed)
+            fan = handle[4 if len(handle) == 6 else 0].sum(1, keepdim=True)
+            del handle
+        gc.collect()
+        x.grad = None
+        recv.sum().backward()
+        assert x.grad.equal(fan.float().expand(x.shape))
+        assert recv.detach().bfloat16().cpu().equal(want)
+        del recv
+    x = x.detach()
+    recv, _, _, _, handle, _ = buffer.dispatch(x, **placed)
+    parts = list(handle)
+    del handle
+    assert buffer.dispatch(x, handle=parts)[0].equal(recv) and buffer.combine(recv, tuple(parts))[0].equal(x * fan)
+    del parts
+    gc.collect()
+    assert not epx.handle._known
+    others = [buffer.dispatch(x, **placed) for _ in range(4)]  # all of the pool is free
+    del others
+    buffer.destroy()
+
+
+def test_members():
+    world.run(2, members)
+    if os.path.exists(os.path.join(os.path.dirname(os.path.realpath(epx._abi.library_path())), "libepx_ofi.so")):
+        world.run(4, members, environment={"EPX_RANKS_PER_DOMAIN": "2"})
 
 
 def test_dying_under_an_exception(tmp_path):

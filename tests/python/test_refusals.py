@@ -74,7 +74,10 @@ def in_calls(group, device):
     many = torch.ones((65, H), dtype=torch.bfloat16, device=device)
     refused("65", dispatch, many, topk_idx=torch.zeros((65, K), dtype=torch.int64, device=device), is_token_in_rank=None)
     # handles
-    refused("handle: tuple", buffer.dispatch, x, handle=tuple(handle))
+    refused("handle: tuple", buffer.dispatch, x, handle=tuple(member.clone() for member in handle))
+    refused("handle: tuple", buffer.combine, recv, tuple(handle)[:5])
+    refused("handle: tuple", buffer.combine, recv, (None,) * 6)
+    refused("handle: it was made by another buffer", buffer.dispatch, x, handle=tuple(foreign))
     refused("handle: int", buffer.combine, recv, 3)
     refused("handle: it was made by another buffer", buffer.dispatch, x, handle=foreign)
     refused("x: 4 tokens; the handle's dispatch had 5", buffer.dispatch, x[:4], handle=handle)
