@@ -135,7 +135,10 @@ static epx_status_t choose_threads(epx_group_t *group, int wanted, int cores)
     group->threads = (int)threads;
     EPX__TRY(epx__env_u64(EPX__ENV_SPIN, 0, UINT32_MAX, cores < group->host_ranks ? 100 : 2000, &spins));
     group->spins = (uint32_t)spins;
+    static const char *const streaming[] = {"auto", "0", "1", "halves", NULL};
     const char *why;
+    int way;
+    EPX__TRY(epx__env_choice(EPX__ENV_STREAMING, streaming, &way)); /* its default is one of them too */
     epx__copy_choose(&group->streaming, &why);
     return EPX_OK;
 }
@@ -150,14 +153,16 @@ static void choose_patience(epx_group_t *group, int cores)
 
 /* ---- create, destroy ---- */
 
-static epx__bootstrap_config_t boot_config(const epx_group_config_t *config, uint64_t timeout_ms)
+static epx__bootstrap_config_t boot_config(const epx_group_config_t *config, uint64_t timeout_ms, char words[64])
 {
+    snprintf(words, 64, "ranks_per_domain %d%s", config->ranks_per_domain,
+             config->ranks_per_domain ? "" : " (the default)");
     epx__bootstrap_config_t boot = {.rank = config->rank,
                                     .ranks = config->ranks,
                                     .id = config->id,
                                     .allgather = config->allgather,
                                     .allgather_context = config->allgather_context,
-                                    .config_words = "ranks_per_domain",
+                                    .config_words = words,
                                     .config_hash = (uint64_t)config->ranks_per_domain + 1,
                                     .timeout_ms = timeout_ms};
     if (!config->id && !config->allgather && config->ranks == 0) {
@@ -170,7 +175,8 @@ static epx__bootstrap_config_t boot_config(const epx_group_config_t *config, uin
 /* The others would wait for this rank. */
 static epx_status_t no_memory(const epx_group_config_t *config)
 {
-    epx__bootstrap_config_t boot = boot_config(config, config->timeout_ms);
+    char words[64];
+    epx__bootstrap_config_t boot = boot_config(config, config->timeout_ms, words);
     epx__bootstrap_t *none;
     boot.failure = EPX_E_NOMEM;
     epx__bootstrap_open(&boot, &none);
@@ -179,7 +185,8 @@ static epx_status_t no_memory(const epx_group_config_t *config)
 
 static epx_status_t join(epx_group_t *group, const epx_group_config_t *config)
 {
-    epx__bootstrap_config_t boot = boot_config(config, group->timeout_ms);
+    char words[64];
+    epx__bootstrap_config_t boot = boot_config(config, group->timeout_ms, words);
     EPX__TRY(epx__bootstrap_open(&boot, &group->bootstrap));
     group->rank = epx__bootstrap_rank(group->bootstrap);
     group->ranks = epx__bootstrap_ranks(group->bootstrap);
@@ -213,7 +220,7 @@ static epx_status_t check_config(const epx_group_config_t *config)
 {
     if (config->id && config->allgather)
         return epx__fail(EPX_E_INVALID, "epx_group_create: id and allgather are both given; give one");
-    if ((config->id || config->allgather || config->ranks) &&
+    if ((config->id || config->allgather || config->ranks || config->rank) &&
         (config->ranks < 1 || config->rank < 0 || config->rank >= config->ranks))
         return epx__fail(EPX_E_INVALID,
                          "epx_group_create: rank %d of %d ranks; rank must be in [0, ranks) and ranks at least 1",

@@ -57,7 +57,12 @@ epx_status_t epx__lease_take(epx_buffer_t *buffer, size_t bytes, epx_stream_t st
     if (place == UINT32_MAX)
         return epx__fail(EPX_E_BUSY, "all %u leases are held; release one, or create the buffer with more leases_max",
                          buffer->x.config.leases_max);
-    EPX__TRY(epx__arena_take(&buffer->arena, bytes, &offset));
+    if (epx__arena_take(&buffer->arena, bytes, &offset) != EPX_OK)
+        return epx__fail(
+            EPX_E_BUSY,
+            "a lease of %zu bytes: the largest free piece of the %zu has %zu; release leases, bring memory "
+            "instead, or create the buffer with more lease_bytes (EPX_LEASE_BYTES)",
+            bytes, buffer->x.layout.lease_bytes, epx__arena_largest(&buffer->arena));
     epx_status_t status = wait_releases(buffer, place, offset, bytes, stream);
     if (status != EPX_OK) {
         epx__arena_give(&buffer->arena, offset);
