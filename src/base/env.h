@@ -26,7 +26,6 @@
     X(PROXIES, "", "proxy threads of a rank; default: by docs/channels.md's rule")                                     \
     X(CHANNELS, "", "port channels to each peer; default: by docs/channels.md's rule")                                 \
     X(NIC, "", "network interface or device to use, by name; default: the nearest, in turns")                          \
-    X(STAGING, "auto", "stage device memory in pinned host memory for the network: auto, 0 or 1")                      \
     X(SMS, "", "CUDA: SMs per call; default: by docs/PERFORMANCE.md's formula")                                        \
     X(CUDA_HANDLES, "auto", "CUDA: windows reach other processes by fd, fabric, or auto: fabric between hosts only")   \
     X(LL_INBAND, "auto", "CUDA, low latency: rows are their own arrival signal: auto (where possible), 0 or 1")
