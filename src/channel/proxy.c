@@ -153,8 +153,8 @@ static epx_status_t fill_put(epx__proxy_t *proxy, const epx__lane_t *lane, const
         return EPX_OK;
     bool any = source == EPX__MEMORY_ANY && epx__channels_any(self);
     if ((source >= self->memory_count && !any) || destination >= self->memory_count)
-        return epx__fail(EPX_E_INVALID, "put to rank %u: source memory %u, destination memory %u of %u", lane->rank,
-                         source, destination, self->memory_count);
+        return epx__fail(EPX_E_INVALID, "put: source memory %u, destination memory %u of %u", source, destination,
+                         self->memory_count);
     put->memory = any ? proxy->net->any : proxy->memory[source];
     put->offset = field(&request->source_offset);
     put->to = &proxy->keys[(size_t)lane->rank * (self->memory_count + 1) + destination];
@@ -192,6 +192,7 @@ static epx_status_t send(epx__proxy_t *proxy, uint64_t commit, const epx_port_re
         return status;
     if (status != EPX_OK) {
         lane->dead = true;
+        epx__fail(status, "channel %u to rank %u: %s", number % self->channels, lane->rank, epx__detail());
         epx__channels_fault(self, (int)lane->rank, status, epx__detail());
         return EPX_OK;
     }

@@ -129,6 +129,19 @@ static void without_channels(xt_rank_t *self)
     epx_channels_destroy(NULL);
 }
 
+/* A put out of range: the words name the channel, the peer and the range. Others' channels are not the worse for it. */
+static void out_of_range(xt_rank_t *self, epx_channels_t *channels, size_t bytes)
+{
+    if (self->rank != 0 || self->ranks < 2)
+        return;
+    const epx_port_channel_t *port = &epx_channels_port_table(channels)[1 * CHANNELS + 1];
+    XT_CHECK(self, epx_port_put(port, epx_port_memories(1, 2), bytes - 8, 0, 16) == EPX_OK, "pushed");
+    XT_CHECK(self, epx_port_flush(port) == EPX_E_INVALID, "flush");
+    XT_CHECK(self, epx_channels_status(channels) == EPX_E_INVALID, "status");
+    XT_CHECK(self, strstr(epx_error_detail(), "channel 1 to rank 1: put: ") && strstr(epx_error_detail(), "+16)"), "%s",
+             epx_error_detail());
+}
+
 static void body(xt_rank_t *self)
 {
     size_t bytes = (size_t)self->ranks * CHANNELS * WORDS * 8;
@@ -157,6 +170,9 @@ static void body(xt_rank_t *self)
         epx_channels_traffic(channels, &net_bytes, &puts);
         XT_CHECK(self, !good || net_bytes == (uint64_t)(self->ranks - 1) * CHANNELS * ROUNDS * WORDS * 8, "%llu bytes",
                  (unsigned long long)net_bytes);
+        if (good)
+            out_of_range(self, channels, bytes);
+        XT_OK(self, epx_group_barrier(self->group, 0)); /* a peer that has left is another fault */
     }
     epx_channels_destroy(channels);
     without_channels(self);

@@ -11,12 +11,15 @@
  *   *acked           this rank's proxy: requests applied at the peer, ever
  *   *fifo_head       producers: slots taken, ever; waits while head - *fifo_tail == slots
  *   slot             the producer that took it; the commit word last (release). Its bit 0 is the lap's parity, so a
- * slot of the lap before reads as empty whatever it holds *fifo_tail       proxy: slots that are free again *signals
- * this rank's proxy: signals of the peer applied here, ever. Waits compare with >= *fault           this rank's proxy:
- * 0, or why this channel can do no more (epx_status_t)
+ *                    slot of the lap before reads as empty whatever it holds
+ *   *fifo_tail       proxy: slots that are free again
+ *   *signals         this rank's proxy: signals of the peer applied here, ever. Waits compare with >=
+ *   *fault           this rank's proxy: 0, or why this channel can do no more (epx_status_t)
  *
  * With GPU producers `issued` and `fifo_head` are in GPU memory, all else in pinned host memory. A proxy takes requests
  * of one processor: either the CPU's threads or one GPU's.
+ *
+ * These functions return a status and leave no words in epx_error_detail(): epx_channels_status tells of a fault.
  */
 #ifndef EPX_DEVICE_PORT_H
 #define EPX_DEVICE_PORT_H
