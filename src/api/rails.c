@@ -32,7 +32,7 @@ static bool on_gpu(const epx_group_t *group)
 const char *epx__group_address(const epx_group_t *group)
 {
     const char *address = epx__env_text(EPX__ENV_ADDRESS);
-    return address ? address : group->loopback ? "127.0.0.1" : NULL;
+    return address || !group->loopback || epx__env_value(EPX__ENV_NIC) ? address : "127.0.0.1";
 }
 
 epx_status_t epx__group_choose_net(epx_group_t *group, const char *asked)

@@ -254,7 +254,38 @@ spoils() {
     done
 }
 
+# wrong VARIABLE=VALUE WORD ARGUMENTS...: with that variable, exit code 1 and WORD on stderr.
+wrong() {
+    variable=$1 word=$2
+    shift 2
+    env "$variable" "$EPX" "$@" >"$DIR/out" 2>"$DIR/err"
+    code=$?
+    if [ $code -eq 1 ] && grep -qF -e "$word" "$DIR/err"; then
+        PASSED=$((PASSED + 1))
+    else
+        note "$variable epx $* (exit code $code): 1 and \"$word\" expected"
+    fi
+}
+
+variables() {
+    wrong EPX_TIMEOUT_MS=soon 'EPX_TIMEOUT_MS is "soon"' info
+    wrong EPX_STREAMING=yes 'EPX_STREAMING is "yes"; it must be auto, 0, 1 or halves' info --backend cpu
+    [ -e "$(dirname "$EPX")/../lib/libepx_ofi.so" ] || return 0
+    wrong EPX_NIC=nosuch0 nosuch0 info --backend cpu --domains 2
+    for nic in $(ls /sys/class/net); do # those that are up; others are refused by name
+        [ "$(cat "/sys/class/net/$nic/operstate")" = up ] || [ "$nic" = lo ] || continue
+        EPX_NIC=$nic "$EPX" info --backend cpu --domains 2 >"$DIR/out" 2>"$DIR/err"
+        if grep -qF -e " on $nic (" "$DIR/out" || grep -qF "EPX_NIC is \"$nic\"" "$DIR/err"; then
+            PASSED=$((PASSED + 1))
+        else
+            note "EPX_NIC=$nic is not the interface taken"
+        fi
+    done
+    EPX_NIC=lo good " on lo (" info --backend cpu --domains 2
+}
+
 check() {
+    variables
     good "59023360 bytes" info --plan --ranks 8 --tokens 128 --hidden 7168 --topk 8 --experts 256
     refuse "whole number" info --plan --slots 0
     good "9 of 9 pairs work" check --backend cpu --ranks 3

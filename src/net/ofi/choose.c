@@ -73,6 +73,32 @@ static epx_status_t keep_nearest(ofi_t *self, const epx__net_config_t *config, i
     return self->info ? EPX_OK : epx__ofi_host->fail(EPX_E_NOMEM, "ofi endpoint: no memory for an fi_info");
 }
 
+static struct fi_info *first_named(struct fi_info *info, const char *name)
+{
+    while (info && strcmp(info->domain_attr->name, name) != 0)
+        info = info->next;
+    return info;
+}
+
+/* Keep the first entry of the interface that was named: what ofi_rxm lists holds others too, whatever the hint said. */
+static epx_status_t keep_named(ofi_t *self, const epx__net_config_t *config, const char *provider)
+{
+    struct fi_info *list = self->info, *info = first_named(list, config->nic);
+    char names[160] = "";
+    size_t used = 0;
+    self->info = info ? fi_dupinfo(info) : NULL;
+    for (struct fi_info *at = list; at && used < sizeof names; at = at->next)
+        if (first_named(list, at->domain_attr->name) == at) /* each once */
+            used +=
+                (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? ", " : "", at->domain_attr->name);
+    fi_freeinfo(list);
+    if (!info)
+        return epx__ofi_host->fail(EPX_E_UNSUPPORTED, "EPX_NIC is \"%.64s\"; provider %s has %s%s%s", config->nic,
+                                   provider, names, config->address ? " at address " : "",
+                                   config->address ? config->address : "");
+    return self->info ? EPX_OK : epx__ofi_host->fail(EPX_E_NOMEM, "ofi endpoint: no memory for an fi_info");
+}
+
 epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config)
 {
     const char *provider = config->argument ? config->argument : "tcp", *run = "never run by us";
@@ -96,11 +122,13 @@ epx_status_t epx__ofi_choose(ofi_t *self, const epx__net_config_t *config)
         return nothing_found(provider, config, e);
     }
     int near = 1;
-    if (!node && !config->nic) {
-        epx_status_t status = keep_nearest(self, config, &near);
-        if (status != EPX_OK)
-            return status;
-    }
+    epx_status_t status = EPX_OK;
+    if (config->nic && by_ip)
+        status = keep_named(self, config, provider);
+    else if (!config->nic && !node)
+        status = keep_nearest(self, config, &near);
+    if (status != EPX_OK)
+        return status;
     if (self->info->domain_attr->cq_data_size < 4)
         return epx__ofi_host->fail(EPX_E_UNSUPPORTED, "provider %s carries %zu bytes of completion data; 4 are needed",
                                    provider, self->info->domain_attr->cq_data_size);
