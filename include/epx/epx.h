@@ -374,8 +374,9 @@ typedef struct epx_env_entry {
 EPX_API epx_status_t epx_env_get(uint32_t index, epx_env_entry_t *entry);
 
 /*
- * Send a pattern unique to (from, to, slot) through every channel slot between all ranks and look at what came.
- * Collective. works: host, [ranks], 1 where everything between that rank and this one came right.
+ * Send a pattern unique to (from, to, slot) through every channel slot between the ranks of this domain and look at
+ * what came. Collective. works: host, [ranks], 1 where everything between that rank and this one came right; 0 for
+ * ranks of other domains, which are not looked at (`epx check` sends rows to those).
  */
 EPX_API epx_status_t epx_buffer_check(epx_buffer_t *buffer, uint8_t *works);
 

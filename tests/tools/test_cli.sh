@@ -238,6 +238,14 @@ spoils() {
     for what in row source; do
         spoiled $what --op dispatch,dispatch_cached
     done
+    for what in row:4 sum:6; do # rank 0's row, everywhere, and so what comes back to it; what comes back from rank 0
+        EPX_SPOIL=${what%:*} LD_PRELOAD=$SPOIL "$EPX" check --backend cpu --ranks 3 >"$DIR/out" 2>"$DIR/err"
+        if [ $? -eq 1 ] && grep -qF "${what#*:} of 9 pairs work" "$DIR/out"; then
+            PASSED=$((PASSED + 1))
+        else
+            note "check with ${what%:*} spoiled: ${what#*:} of 9 pairs expected"
+        fi
+    done
     spoiled side --op dispatch,dispatch_cached --dtype fp8
     spoiled ids --op dispatch
     spoiled weights --op dispatch
@@ -282,6 +290,7 @@ variables() {
         fi
     done
     EPX_NIC=lo good " on lo (" info --backend cpu --domains 2
+    good "16 of 16 pairs work" check --backend cpu --ranks 4 --domains 2 --net ofi:tcp
 }
 
 check() {
@@ -291,6 +300,10 @@ check() {
     good "9 of 9 pairs work" check --backend cpu --ranks 3
     good "1 of 1 pairs work" check --backend cpu --ranks 1
     good "16 of 16 pairs work" check --backend cpu --ranks 4 --threads-as-ranks
+    for net in loop sim; do # rows between domains too
+        good "16 of 16 pairs work" check --backend cpu --ranks 4 --threads-as-ranks --domains 2 --net $net
+        good "9 of 9 pairs work" check --backend cpu --ranks 3 --threads-as-ranks --domains 3 --net $net
+    done
     good "EPX_TIMEOUT_MS" info --backend cpu
     good "epx " version
     good "epx " --version

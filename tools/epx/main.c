@@ -28,8 +28,7 @@ static const struct command {
     {"bench", "verifies and times dispatch, cached dispatch, combine and layout, and those of low latency",
      command_bench},
     {"info", "what this machine offers, what epx would choose and why, and every environment variable", command_info},
-    {"check", "sends a pattern through every channel slot between all ranks and says per pair what works",
-     command_check},
+    {"check", "sends a pattern between all ranks and says per pair what works", command_check},
     {"version", "the version", command_version},
     {"help", "this; `epx help COMMAND` for the options of one", command_help},
 };
