@@ -121,6 +121,15 @@ refusals() {
     fi
     refuse "cannot be read" bench --routing "$DIR/nothing"
     refuse "needs a value" bench --json
+    refuse "cannot be written" bench --json "$DIR/nothing/json"
+    refuse "cannot be written" bench --json "$DIR"
+    refuse "cannot be read as a file" bench --routing "$DIR"
+    refuse "line 1" bench --routing /dev/null
+    for option in --tokens --hidden --topk --experts --slots; do
+        refuse "the shape of --plan" info $option 8
+    done
+    refuse "multiple of 8" info --plan --hidden 7
+    refuse "are there to choose" info --plan --topk 9 --experts 8
     refuse "is empty" bench --routing ""
     for option in --tokens --hidden --topk --experts --seed; do
         refuse "whole number" demo $option many

@@ -2,6 +2,7 @@
 #include "bench_ll.h"
 #include "commands.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -80,7 +81,13 @@ static int check_options(const bench_options_t *options)
     for (int i = 0; i < options->ops.count; i++)
         if (options->ops.item[i] == BENCH_COMBINE && options->dtype == PATTERN_BYTES)
             return options_refuse("bench", "--op combine --dtype fp8: combine adds bf16, fp16 or fp32");
-    return check_low_latency(options);
+    int refused = check_low_latency(options);
+    FILE *json = options->json && !refused ? fopen(options->json, "a") : NULL; /* now, not after the last iteration */
+    if (options->json && !refused && !json)
+        return options_refuse("bench", "--json %s cannot be written: %s", options->json, strerror(errno));
+    if (json)
+        fclose(json);
+    return refused;
 }
 
 /* What was not given. */

@@ -189,7 +189,10 @@ int bench_report(const bench_t *bench)
     }
     if (json) {
         fputs("]\n", json);
-        failed |= fclose(json) != 0;
+        if (fclose(json) != 0) {
+            fprintf(stderr, "epx bench: --json %s is not whole: %s\n", bench->options.json, strerror(errno));
+            failed = 1;
+        }
     }
     free(scratch);
     return failed;

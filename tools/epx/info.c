@@ -138,7 +138,7 @@ static int show_plan(epx_ll_plan_t *plan, uint32_t domains)
 
 int command_info(int argc, char **argv)
 {
-    long ranks = 2, domains = 0, tokens = 128, hidden = 7168, topk = 8, experts = 256, slots = 2;
+    long ranks = 2, domains = 0, tokens = 0, hidden = 0, topk = 0, experts = 0, slots = 0; /* 0: not given */
     bool plan_only = false;
     int backend = 0;
     const char *net = NULL;
@@ -163,6 +163,18 @@ int command_info(int argc, char **argv)
     if (domains && ranks % domains)
         return options_refuse("info", "--domains %ld: domains have equal sizes, so they must divide --ranks %ld",
                               domains, ranks);
+    if (!plan_only && (tokens || hidden || topk || experts || slots))
+        return options_refuse("info",
+                              "--tokens, --hidden, --topk, --experts and --slots are the shape of --plan: give it too");
+    tokens = tokens ? tokens : 128;
+    hidden = hidden ? hidden : 7168;
+    topk = topk ? topk : 8;
+    experts = experts ? experts : 256;
+    slots = slots ? slots : 2;
+    if (hidden % 8)
+        return options_refuse("info", "--hidden %ld: low latency takes a multiple of 8", hidden);
+    if (topk > experts)
+        return options_refuse("info", "--topk %ld: at most --experts %ld are there to choose", topk, experts);
     if (plan_only) {
         epx_ll_plan_t plan = {.ranks = (uint32_t)ranks, .tokens_max = (uint32_t)tokens, .hidden = (uint32_t)hidden};
         plan.topk = (uint32_t)topk;

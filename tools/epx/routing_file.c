@@ -24,7 +24,8 @@ static const char *wrong(const reader_t *reader, const char *format, ...)
 {
     va_list list;
     va_start(list, format);
-    int used = snprintf(words, sizeof words, "%s, line %lu: ", reader->path, reader->line_number);
+    unsigned long line = reader->line_number ? reader->line_number : 1; /* of an empty file */
+    int used = snprintf(words, sizeof words, "%s, line %lu: ", reader->path, line);
     if (used >= 0 && (size_t)used < sizeof words)
         vsnprintf(words + used, sizeof words - (size_t)used, format, list);
     va_end(list);
@@ -141,6 +142,10 @@ const char *routing_file_read(const char *path, routing_file_t *file)
         error = read_header(reader, file);
         if (!error)
             error = read_ids(reader, file);
+        if (error && ferror(reader->stream)) { /* a folder, say */
+            snprintf(words, sizeof words, "%s cannot be read as a file", path);
+            error = words;
+        }
         fclose(reader->stream);
     } else {
         snprintf(words, sizeof words, "%s cannot be read: %s", path, strerror(errno));
