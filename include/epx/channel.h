@@ -52,8 +52,8 @@ typedef struct epx_channels_config {
 EPX_API epx_status_t epx_channels_create(epx_group_t *group, const epx_channels_config_t *config,
                                          epx_channels_t **channels);
 
-/* Waits (within the timeout) until the requests already pushed are applied at the living peers, then lets go. Not
- * collective; NULL is fine. Nobody may use the channels any more. */
+/* Waits (within the timeout, at most 2 s) until the requests already pushed are applied at the living peers, then lets
+ * go. Not collective; NULL is fine. Nobody may use the channels any more. */
 EPX_API void epx_channels_destroy(epx_channels_t *channels);
 
 /* What follows takes NULL for `channels` too: then NULL, 0 or EPX_E_INVALID. Results that are not wanted may be NULL.

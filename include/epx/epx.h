@@ -106,8 +106,8 @@ typedef struct epx_group_config {
     size_t size;
     /*
      * How the ranks find each other: `id` (with rank and ranks), or `allgather` (with rank and ranks), or
-     * neither: then rank, ranks and the rendezvous come from the environment that torchrun, mpirun or
-     * srun made (docs/bootstrap.md), and a process with none of these is a group of one.
+     * neither: then the rendezvous, and rank and ranks where they are not given, come from the environment that
+     * torchrun, mpirun or srun made (docs/bootstrap.md), and a process with none of these is a group of one.
      */
     int rank;
     int ranks;
