@@ -2,6 +2,7 @@
 #include "bootstrap/socket.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -217,7 +218,7 @@ int epx__milliseconds_until(uint64_t deadline_ns)
     if (now >= deadline_ns)
         return 0;
     uint64_t left = (deadline_ns - now + 999999u) / 1000000u;
-    return left > 1000000 ? 1000000 : (int)left;
+    return left > INT_MAX ? INT_MAX : (int)left;
 }
 
 /* 0, or the errno of the attempt. */
@@ -283,7 +284,7 @@ int epx__socket_receive(const epx__socket_t *from, void *data, size_t bytes, uin
         if (errno != EAGAIN && errno != EINTR)
             return -2;
         struct pollfd poll_one = {.fd = from->fd, .events = POLLIN};
-        if (poll(&poll_one, 1, epx__milliseconds_until(deadline_ns)) == 0)
+        if (poll(&poll_one, 1, epx__milliseconds_until(deadline_ns)) == 0 && epx__now_ns() >= deadline_ns)
             return -1;
     }
     return 1;

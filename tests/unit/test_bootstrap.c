@@ -1,10 +1,12 @@
 /* The bootstrap with ranks as threads: all-gather, barrier, messages, notices, and every way to meet. */
+#include <limits.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "bootstrap/job.h"
+#include "bootstrap/socket.h"
 #include "common/check.h"
 #include "common/gather.h"
 
@@ -421,9 +423,19 @@ static void ids_and_words(void)
     CHECK(strlen(words) < 10, "%s", words);
 }
 
+/* A deadline may be weeks away (EPX_TIMEOUT_MS): poll(2) is told so, and no less. */
+static void far_deadline(void)
+{
+    int left = epx__milliseconds_until(epx__now_ns() + 1000000000000000ull);
+    CHECK(left > 999000000 && left <= 1000000000, "%d ms", left);
+    left = epx__milliseconds_until(UINT64_MAX);
+    CHECK(left == INT_MAX, "%d ms", left);
+}
+
 int main(void)
 {
     clear_environment();
+    far_deadline();
     ids_and_words();
     launchers();
     all_of(1);
