@@ -101,6 +101,10 @@ static void lost_middle(epx__bootstrap_t *b, epx__connection_t *link, const char
         epx__connection_close(link);
         return;
     }
+    if (link->awaited && !wrong) {
+        epx__succession_turned_away(b);
+        return;
+    }
     if (link->awaited)
         b->tried[b->middle] = 1;
     else if (b->state[b->middle] == EPX__RANK_HERE)

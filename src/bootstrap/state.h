@@ -186,8 +186,9 @@ uint64_t epx__succession_due_ns(const epx__bootstrap_t *b); /* when the next tur
 bool epx__succession_receives(const epx__bootstrap_t *b);
 void epx__succession_accept(epx__bootstrap_t *b);
 void epx__succession_hear(epx__bootstrap_t *b, epx__guest_t *guest);
-/* The new middle has taken us. */
+/* The new middle has taken us. Or it has hung up before. */
 void epx__succession_welcomed(epx__bootstrap_t *b);
+void epx__succession_turned_away(epx__bootstrap_t *b);
 /* Nobody is awaited any more to whom a bye should be said, or from whom one is heard. */
 bool epx__succession_settled(const epx__bootstrap_t *b);
 /* Bye to all, or to the middle. */

@@ -174,6 +174,17 @@ void epx__succession_welcomed(epx__bootstrap_t *b)
     epx__connection_flush(&b->link[b->middle]);
 }
 
+/* Strangers had taken all places; or it is gone, and will refuse the next connection. */
+void epx__succession_turned_away(epx__bootstrap_t *b)
+{
+    epx__connection_t *link = &b->link[b->middle];
+    epx__socket_close(&link->socket); /* what is queued is kept */
+    epx__message_release(link->incoming);
+    link->incoming = NULL;
+    link->have = 0;
+    b->try_ns = epx__now_ns() + PAUSE_NS;
+}
+
 /* ---- the new middle ---- */
 
 static bool any_awaited(const epx__bootstrap_t *b)

@@ -151,6 +151,60 @@ static void strangers(void)
     free(all);
 }
 
+/* ---- a rank that loses its place at the door to strangers comes again ---- */
+
+static atomic_int crowd; /* 1: there will be one when rank 2 says its next hello */
+static epx__endpoint_t door;
+
+/* In place of the C library's: between rank 2's connection and its hello, more strangers come than there are places. */
+ssize_t send(int fd, const void *data, size_t bytes, int flags)
+{
+    enum { STRANGERS = EPX__GUESTS + 4 };
+    epx__hello_t hello;
+    int expected = 1, fds[STRANGERS], crowded = 0;
+    if (bytes == EPX__HELLO_BYTES && !epx__hello_parse(data, &hello) && hello.rank == 2)
+        crowded = atomic_compare_exchange_strong(&crowd, &expected, 2);
+    for (int i = 0; crowded && i < STRANGERS; i++)
+        fds[i] = knock(&door, NULL, 0);
+    if (crowded)
+        epx__sleep_ns(300000000);
+    ssize_t sent = sendto(fd, data, bytes, flags, NULL, 0);
+    for (int i = 0; crowded && i < STRANGERS; i++)
+        close(fds[i]);
+    return sent;
+}
+
+static void crowded_out(gathered_t *one)
+{
+    int word = one->rank, heard = -1;
+    CHECK(one->status == EPX_OK, "%s", one->detail);
+    if (one->status != EPX_OK)
+        return;
+    CHECK(epx__bootstrap_barrier(one->bootstrap, 0) == EPX_OK, "%s", epx__detail());
+    if (one->rank == 0) {
+        door = one->bootstrap->peers[1];
+        atomic_store(&crowd, 1);
+        return;
+    }
+    CHECK(epx__bootstrap_recv(one->bootstrap, 0, TAG, &heard, sizeof(heard), 0) == EPX_E_PEER, "%s", epx__detail());
+    for (int to = 1; to < one->ranks; to++)
+        CHECK(epx__bootstrap_send(one->bootstrap, to, TAG, &word, sizeof(word)) == EPX_OK, "%s", epx__detail());
+    for (int from = 1; from < one->ranks; from++)
+        CHECK(epx__bootstrap_recv(one->bootstrap, from, TAG, &heard, sizeof(heard), 0) == EPX_OK && heard == from,
+              "%d from %d at %d: %s", heard, from, one->rank, epx__detail());
+    CHECK(atomic_load(&crowd) == 2, "there was no crowd");
+}
+
+static void crowd_at_the_door(void)
+{
+    epx_unique_id_t id;
+    CHECK(epx__unique_id_create(NULL, &id) == EPX_OK, "%s", epx__detail());
+    gathered_t *all = gather_make(4, &id, 5000, crowded_out, NULL);
+    gather_run(all, 4);
+    free(all);
+    atomic_store(&crowd, 0);
+}
+
 /* ---- ranks as processes: they are killed ---- */
 
 enum { RANKS = 5, NEVER = 0, LEAVES, KILLED, STOPPED };
@@ -339,5 +393,6 @@ int main(int count, char **arguments)
     leave_one_by_one(5);
     leave_one_by_one(20);
     strangers();
+    crowd_at_the_door();
     return check_done();
 }
