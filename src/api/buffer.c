@@ -355,9 +355,11 @@ epx_status_t epx_buffer_create(epx_group_t *group, const epx_buffer_config_t *co
     return EPX_OK;
 }
 
+/* In a forked child it is its parent's still, whose peers hear what is written to its window and its sockets. */
 void epx_buffer_destroy(epx_buffer_t *buffer)
 {
-    if (buffer && epx__buffer_find(&buffer, "epx_buffer_destroy") == EPX_OK)
+    if (buffer && epx__buffer_find(&buffer, "epx_buffer_destroy") == EPX_OK &&
+        epx__bootstrap_ours(buffer->group->bootstrap))
         unmake(buffer);
 }
 

@@ -231,6 +231,8 @@ void epx_channels_destroy(epx_channels_t *channels)
     if (!channels)
         return;
     own_t *own = channels->api;
+    if (!epx__bootstrap_ours(own->group->bootstrap))
+        return; /* a forked child: they are its parent's, whose sockets it shares */
     epx__bootstrap_off_death(own->group->bootstrap, own->death_slot);
     epx__channels_destroy(channels);
     own_free(own);

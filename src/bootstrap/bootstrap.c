@@ -15,6 +15,11 @@
 #include "bootstrap/meet.h"
 #include "bootstrap/state.h"
 
+bool epx__bootstrap_ours(const epx__bootstrap_t *b)
+{
+    return b->pid == getpid();
+}
+
 int epx__bootstrap_rank(const epx__bootstrap_t *b)
 {
     return b->rank;
@@ -289,7 +294,7 @@ epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__boo
 
 void epx__bootstrap_close(epx__bootstrap_t *b)
 {
-    if (!b || b->pid != getpid())
+    if (!b || !epx__bootstrap_ours(b))
         return; /* a forked child: its copies of the sockets are closed, and the rest may be locked by nobody */
     if (b->watched) {
         pthread_mutex_lock(&b->lock);

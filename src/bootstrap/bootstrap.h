@@ -33,6 +33,8 @@ epx_status_t epx__bootstrap_open(const epx__bootstrap_config_t *config, epx__boo
 /* Say bye and leave; at most about a second; NULL is fine. What was under way still arrives. */
 void epx__bootstrap_close(epx__bootstrap_t *bootstrap);
 
+/* A forked child must let its parent's things be: false there. */
+bool epx__bootstrap_ours(const epx__bootstrap_t *bootstrap);
 int epx__bootstrap_rank(const epx__bootstrap_t *bootstrap);
 int epx__bootstrap_ranks(const epx__bootstrap_t *bootstrap);
 
