@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -324,7 +325,11 @@ static void *proxy_main(void *argument)
 
 epx_status_t epx__proxy_start(epx__proxy_t *proxy)
 {
+    sigset_t all, before; /* the application's signals are not for this thread */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = epx__alloc_fault() ? EAGAIN : pthread_create(&proxy->thread, NULL, proxy_main, proxy);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error)
         return epx__fail(EPX_E_SYSTEM, "proxy %u: no thread: %s", proxy->index, strerror(error));
     proxy->started = true;

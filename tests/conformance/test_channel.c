@@ -10,8 +10,10 @@
 #include "common/descriptors.h"
 #include "common/slowness.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <sys/resource.h>
+#include <time.h>
 
 #include "base/fail.h"
 
@@ -471,6 +473,31 @@ static void test_refused(void)
     CHECK(refused(2, 1, 16, 16, 1) == EPX_E_MISMATCH, "a record that is not of that rank");
 }
 
+/* ---- the application's signals are not for proxies ---- */
+
+static void test_signals(void)
+{
+    static char memory[4096];
+    epx_channel_memory_t memories = {memory, sizeof memory, 0};
+    epx__channels_t *channels = NULL;
+    epx__channels_config_t config = plain(1, 16, 16);
+    int ranks = 1;
+    config.ranks = ranks;
+    config.memories = &memories;
+    config.memory_count = 1;
+    config.allgather = alone;
+    config.allgather_context = &ranks;
+    CHECK(epx__channels_create(&config, &channels) == EPX_OK, "%s", epx__detail());
+    sigset_t mine, before;
+    struct timespec second = {1, 0};
+    sigemptyset(&mine);
+    sigaddset(&mine, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &mine, &before); /* this thread waits for it; a proxy that took it would end us */
+    CHECK(kill(getpid(), SIGUSR1) == 0 && sigtimedwait(&mine, NULL, &second) == SIGUSR1, "the signal is lost");
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    epx__channels_destroy(channels);
+}
+
 /* ---- a rank goes ---- */
 
 static void death_body(net_rank_t *self)
@@ -520,6 +547,7 @@ static void suite(uint32_t rows, int full)
     test_barrier(4, 3);
     test_ranges();
     test_refused();
+    test_signals();
     test_death();
     if (strcmp(spec, "loop") == 0) /* nobody's progress is needed to be connected */
         test_crossing();
