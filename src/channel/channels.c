@@ -11,7 +11,8 @@
 #include "base/fail.h"
 
 #define DRAIN_MS 2000 /* destroy waits for the peers at most that long */
-#define PUTS_MAX 512
+#define PUTS_MAX 512  /* of a proxy under way at once, shared out among its peers */
+#define PUTS_MIN 16   /* but at least so many to each */
 
 /* What every rank must have chosen alike. */
 typedef struct terms {
@@ -25,15 +26,16 @@ static bool wanted(const epx__channels_t *self, uint32_t rank)
 
 /* ---- one proxy ---- */
 
-static epx_status_t make_lanes(epx__proxy_t *proxy)
+static epx_status_t make_lanes(epx__proxy_t *proxy, uint32_t *puts_max)
 {
     epx__channels_t *self = proxy->owner;
     size_t space = (size_t)self->window * 2, used = 0;
     proxy->lane_count = (self->ranks + self->proxies - 1) / self->proxies * self->channels;
     proxy->lanes = epx__calloc(proxy->lane_count, sizeof *proxy->lanes);
     proxy->owing = epx__calloc(proxy->lane_count, sizeof *proxy->owing);
+    proxy->waiting = epx__calloc((size_t)proxy->lane_count * self->window, sizeof *proxy->waiting);
     uint8_t *arrived = epx__calloc(proxy->lane_count, space);
-    if (!proxy->lanes || !proxy->owing || !arrived) {
+    if (!proxy->lanes || !proxy->owing || !proxy->waiting || !arrived) {
         epx__free(arrived);
         return epx__fail(EPX_E_NOMEM, "proxy %u: no memory for %u lanes", proxy->index, proxy->lane_count);
     }
@@ -45,11 +47,15 @@ static epx_status_t make_lanes(epx__proxy_t *proxy)
             lane->lane = number;
             lane->lane_there = epx__channels_lane(self, self->rank, c);
             lane->rank = r;
+            lane->waiting = proxy->waiting + (size_t)number * self->window;
             if (wanted(self, r))
                 lane->arrived = arrived + space * used++;
         }
     if (used == 0)
         epx__free(arrived);
+    uint32_t peers = used ? (uint32_t)used / self->channels : 1;
+    proxy->share = PUTS_MAX / peers > PUTS_MIN ? PUTS_MAX / peers : PUTS_MIN;
+    *puts_max = peers * (proxy->share + EPX__CHANNELS_CREDITS);
     return EPX_OK;
 }
 
@@ -61,6 +67,7 @@ static void free_lanes(epx__proxy_t *proxy)
         if (proxy->lanes[i].arrived && (!first || proxy->lanes[i].arrived < first))
             first = proxy->lanes[i].arrived;
     epx__free(first);
+    epx__free(proxy->waiting);
     epx__free(proxy->owing);
     epx__free(proxy->lanes);
 }
@@ -74,7 +81,8 @@ static epx_status_t proxy_init(epx__channels_t *self, uint32_t index, epx__net_a
     pthread_mutex_init(&proxy->lock, NULL);
     if (proxy->wake_fd < 0)
         return epx__fail(EPX_E_SYSTEM, "proxy %u: eventfd: %s", index, strerror(errno));
-    EPX__TRY(make_lanes(proxy));
+    uint32_t puts_max = 0;
+    EPX__TRY(make_lanes(proxy, &puts_max));
     uint32_t count = self->memory_count + 1;
     proxy->memory = epx__calloc(count, sizeof *proxy->memory);
     proxy->keys = epx__calloc((size_t)self->ranks * count, sizeof *proxy->keys);
@@ -84,7 +92,7 @@ static epx_status_t proxy_init(epx__channels_t *self, uint32_t index, epx__net_a
                                 .nic = self->config.nic,
                                 .turn = self->rank * self->proxies + index,
                                 .peers_max = self->ranks,
-                                .puts_max = PUTS_MAX,
+                                .puts_max = puts_max,
                                 .notices_max = proxy->lane_count * self->window * 2,
                                 .lost_ms = self->config.timeout_ms};
     EPX__TRY(epx__net_open(self->config.net, &config, &proxy->net));
@@ -320,46 +328,39 @@ epx_status_t epx__channels_create(const epx__channels_config_t *config, epx__cha
     return EPX_OK;
 }
 
-/* Have the living peers applied all that was pushed, and has the network let go of all? */
-static bool proxy_drained(epx__proxy_t *proxy)
+/* To each living peer: drain, say bye, hear its own, which says that nothing more of it is on its way here (libfabric
+ * 1.17 crashes when an endpoint is closed in the middle of a put to it). False: not yet. */
+static bool part(epx__proxy_t *proxy)
 {
-    epx__channels_t *self = proxy->owner;
-    bool all = !epx__proxy_step(proxy) && epx__proxy_idle(proxy), living = false;
-    for (uint32_t i = 0; i < proxy->lane_count; i++) {
-        const epx__lane_t *lane = &proxy->lanes[i];
-        if (!lane->arrived || lane->dead)
-            continue;
-        living = true;
-        all = all &&
-              lane->sent == __atomic_load_n(epx__block_word(self, self->layout.acked, lane->number), __ATOMIC_RELAXED);
+    bool parted = true;
+    pthread_mutex_lock(&proxy->lock);
+    if (!proxy->halted) {
+        epx__proxy_step(proxy);
+        parted = epx__proxy_taken(proxy) && epx__lane_bye(proxy) && epx__lane_parted(proxy) &&
+                 proxy->net->ops->flush(proxy->net) == EPX_OK;
     }
-    return all && (!living || proxy->net->ops->flush(proxy->net) == EPX_OK);
+    pthread_mutex_unlock(&proxy->lock);
+    return parted;
 }
 
-/* First drain, then say bye, then see that off too. Each within the same deadline. */
-static void leave(epx__proxy_t *proxy, epx__deadline_t *deadline)
+static void judge(epx__proxy_t *proxy)
 {
-    int stage = 0;
-    if (proxy->halted)
-        return;
-    for (uint32_t turn = 0; stage < 3 && !epx__deadline_passed(deadline); turn++) {
-        pthread_mutex_lock(&proxy->lock);
-        if (stage == 0)
-            stage = proxy_drained(proxy);
-        if (stage == 1)
-            stage += epx__lane_bye(proxy);
-        if (stage >= 1)
-            epx__proxy_step(proxy);
-        if (stage == 2 && proxy->net->ops->flush(proxy->net) == EPX_OK)
-            stage = 3;
-        pthread_mutex_unlock(&proxy->lock);
-        epx_host_wait_turn(turn);
-    }
-    pthread_mutex_lock(&proxy->lock); /* its thread still takes the peers' byes */
-    proxy->net->unclean = stage < 3;
+    bool unclean = !part(proxy);
+    pthread_mutex_lock(&proxy->lock); /* its thread still steps it */
     for (uint32_t i = 0; i < proxy->lane_count; i++)
-        proxy->net->unclean |= proxy->lanes[i].dead && !proxy->lanes[i].in_order;
+        unclean |= proxy->lanes[i].dead && !proxy->lanes[i].in_order;
+    if (!proxy->halted)
+        proxy->net->unclean = unclean;
     pthread_mutex_unlock(&proxy->lock);
+}
+
+/* All proxies in turn, for the peers may be waiting for any of them. */
+static bool part_all(epx__channels_t *self)
+{
+    bool parted = true;
+    for (uint32_t p = 0; p < self->proxies; p++)
+        parted = part(&self->proxy[p]) && parted;
+    return parted;
 }
 
 void epx__channels_destroy(epx__channels_t *self)
@@ -369,8 +370,10 @@ void epx__channels_destroy(epx__channels_t *self)
     uint64_t limit = self->config.timeout_ms < DRAIN_MS ? self->config.timeout_ms : DRAIN_MS;
     epx__deadline_t deadline = epx__deadline_ms(limit);
     epx__channels_help_begin(self);
+    for (uint32_t turn = 0; !part_all(self) && !epx__deadline_passed(&deadline); turn++)
+        epx_host_wait_turn(turn);
     for (uint32_t p = 0; p < self->proxies; p++)
-        leave(&self->proxy[p], &deadline);
+        judge(&self->proxy[p]);
     epx__channels_help_end(self);
     channels_free(self);
 }

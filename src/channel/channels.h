@@ -11,7 +11,7 @@
  * of its own kind, "n more applied", outside of sequence and window; sums, so order does not matter. Told when a
  * quarter of the window is owed, and always before the proxy goes idle. n = 0 is "I leave": with it come the numbers of
  * requests applied on each channel, ever, since credit told before may arrive later; what is not among them never will
- * be
+ * be. It is answered by the same, once nothing of the answering peer's is on its way; then the leaver goes
  *
  * A lane is one channel of one peer at the receiving proxy. Its number is the same for what the peer sends and for the
  * credit it gives: (peer / proxies) * channels + channel, at proxy (peer mod proxies). Both ends compute it.
@@ -34,6 +34,7 @@
 #define EPX__CHANNELS_MEMORIES 16
 #define EPX__CHANNELS_PROXIES 32
 #define EPX__CHANNELS_WORDS 514
+#define EPX__CHANNELS_CREDITS 4    /* puts to a peer that credit may have under way beside its requests' share */
 #define EPX__MEMORY_ANY UINT32_MAX /* as a source: all memory of this process; its offsets are addresses */
 
 enum { EPX__NOTICE_PUT = 0, EPX__NOTICE_SIGNAL = 1, EPX__NOTICE_ADD = 2, EPX__NOTICE_CREDIT = 3 };
@@ -100,6 +101,12 @@ typedef struct epx__lane {
     bool dead;        /* the peer is lost, or has left, or has been told that we leave: requests are dropped */
     bool in_order;    /* dead, but by a bye of either side */
     uint8_t *arrived; /* in: [2 * window] kind + 1, 0 nothing */
+    /* Out: ring of requests that have left the FIFO and that the network had no room for. */
+    epx_port_request_t *waiting; /* [window] */
+    uint32_t waiting_head, waiting_count;
+    /* Of the first lane of its peer, for all: */
+    bool said, heard;   /* our bye; the peer's */
+    uint32_t under_way; /* puts to it that the network has not let go of */
 } epx__lane_t;
 
 typedef struct epx__proxy {
@@ -111,7 +118,11 @@ typedef struct epx__proxy {
     epx__net_key_t *keys;       /* [ranks][memories + 1] of the peers, for this proxy */
     epx__lane_t *lanes;         /* [lane_count] */
     uint32_t lane_count;
-    uint32_t *owing; /* ring of lanes that owe, [lane_count] */
+    uint32_t share;              /* of the network's puts, each peer's */
+    epx_port_request_t *waiting; /* the lanes', one after the other */
+    uint32_t waiting_count;      /* of all lanes */
+    uint32_t answers;            /* byes heard and not yet answered */
+    uint32_t *owing;             /* ring of lanes that owe, [lane_count] */
     uint32_t owing_head, owing_count;
     uint64_t tail; /* FIFO */
     bool working;  /* thread: false ends it */
@@ -165,14 +176,22 @@ uint32_t epx__channels_lane(const epx__channels_t *self, uint32_t rank, uint32_t
 /* lane.c */
 epx_status_t epx__lane_notice(epx__proxy_t *proxy, uint32_t notice);
 bool epx__lane_tell(epx__proxy_t *proxy, bool idle); /* credit; true when something was told */
-bool epx__lane_bye(epx__proxy_t *proxy);             /* tell every living peer that we leave; false: call again */
+/* We leave: tell every living peer with whom all is done. False: call again. Then: has everybody been told, and have
+ * all answered that they put nothing more? */
+bool epx__lane_bye(epx__proxy_t *proxy);
+bool epx__lane_parted(const epx__proxy_t *proxy);
+void epx__lane_answer(epx__proxy_t *proxy); /* byes that were heard, with our own */
 static inline uint32_t epx__notice(const epx__channels_t *self, uint32_t kind, uint32_t lane, uint32_t low)
 {
     return kind << 30 | lane << self->sequence_bits | (low & ((1u << self->sequence_bits) - 1));
 }
 
 /* proxy.c */
-bool epx__proxy_step(epx__proxy_t *proxy); /* under its lock; true when anything moved */
+/* To the lane's peer, which may have `most` puts under way. */
+epx_status_t epx__proxy_put(epx__proxy_t *proxy, const epx__lane_t *lane, const epx__net_put_t *put, uint32_t most);
+epx__lane_t *epx__proxy_first(epx__proxy_t *proxy, uint32_t rank); /* lane of that peer */
+bool epx__proxy_taken(epx__proxy_t *proxy);                        /* nothing is left in its FIFO */
+bool epx__proxy_step(epx__proxy_t *proxy);                         /* under its lock; true when anything moved */
 bool epx__proxy_idle(epx__proxy_t *proxy); /* under its lock: nothing to carry out, nothing owed */
 epx_status_t epx__proxy_start(epx__proxy_t *proxy);
 void epx__proxy_end(epx__proxy_t *proxy);

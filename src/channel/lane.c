@@ -88,6 +88,9 @@ static epx_status_t take_bye(epx__proxy_t *proxy, const epx__lane_t *lane)
         if (applied[c] > told && !each->dead)
             grow(acked, applied[c] - told);
     }
+    epx__lane_t *first = epx__proxy_first(proxy, lane->rank);
+    proxy->answers += !first->heard && !first->said;
+    first->heard = true;
     epx__channels_left(proxy, lane->rank);
     return EPX_OK;
 }
@@ -163,7 +166,7 @@ static epx_status_t tell(epx__proxy_t *proxy, epx__lane_t *lane, uint32_t n)
                           .cookie = lane->rank};
     if (n == 0)
         fill_bye(proxy, lane, &put);
-    epx_status_t status = proxy->net->ops->put(proxy->net, &put);
+    epx_status_t status = epx__proxy_put(proxy, lane, &put, proxy->share + EPX__CHANNELS_CREDITS);
     if (status == EPX_OK) {
         lane->owed -= n;
         atomic_fetch_add(&proxy->owner->credits, 1);
@@ -186,11 +189,9 @@ bool epx__lane_tell(epx__proxy_t *proxy, bool idle)
             lane->owed = 0;
         if (lane->owed >= least) {
             status = tell(proxy, lane, lane->owed);
-            if (status == EPX_E_BUSY)
-                return told;
-            told = true;
+            told |= status != EPX_E_BUSY; /* busy: this peer later, others now */
         }
-        if (status != EPX_OK) { /* the peer has left: it wants no credit any more */
+        if (status != EPX_OK && status != EPX_E_BUSY) { /* the peer has left: it wants no credit any more */
             lane->owed = 0;
             lane->dead = true;
             epx__channels_fault(self, (int)lane->rank, status, epx__detail());
@@ -205,16 +206,66 @@ bool epx__lane_tell(epx__proxy_t *proxy, bool idle)
     return told;
 }
 
-bool epx__lane_bye(epx__proxy_t *proxy)
+/* ---- leaving ---- */
+
+/* A peer that is lost, or that nobody wanted a channel to, is told nothing. */
+static bool is_told(const epx__proxy_t *proxy, const epx__lane_t *first)
 {
-    for (uint32_t i = 0; i < proxy->lane_count; i++) {
-        epx__lane_t *lane = &proxy->lanes[i];
-        if (!lane->arrived || lane->dead || lane->number % proxy->owner->channels)
-            continue;
-        epx_status_t status = tell(proxy, lane, 0);
-        if (status == EPX_E_BUSY)
-            return false;
-        lane->dead = lane->in_order = true;
+    return first->arrived && first->number % proxy->owner->channels == 0 && (!first->dead || first->in_order);
+}
+
+/* All that was pushed to that peer is applied there, and the network has let go of it. */
+static bool all_done(epx__proxy_t *proxy, const epx__lane_t *first)
+{
+    bool done = first->under_way == 0;
+    for (uint32_t c = 0; c < proxy->owner->channels; c++) {
+        const epx__lane_t *lane = first + c;
+        uint64_t acked = __atomic_load_n(counter(proxy, lane, proxy->owner->layout.acked), __ATOMIC_RELAXED);
+        done = done && lane->waiting_count == 0 && (lane->dead || lane->sent == acked);
+    }
+    return done;
+}
+
+/* After it we put nothing more to that peer. False: later. */
+static bool say_bye(epx__proxy_t *proxy, epx__lane_t *first)
+{
+    epx_status_t status = tell(proxy, first, 0);
+    if (status == EPX_E_BUSY)
+        return false;
+    proxy->answers -= first->heard;
+    first->said = true;
+    for (uint32_t c = 0; c < proxy->owner->channels; c++) {
+        first[c].in_order |= !first[c].dead && status == EPX_OK; /* else it is lost, and no answer will come */
+        first[c].dead = true;
     }
     return true;
+}
+
+bool epx__lane_bye(epx__proxy_t *proxy)
+{
+    bool all = true;
+    for (uint32_t i = 0; i < proxy->lane_count; i++) {
+        epx__lane_t *first = &proxy->lanes[i];
+        if (is_told(proxy, first) && !first->said)
+            all = all_done(proxy, first) && say_bye(proxy, first) && all;
+    }
+    return all;
+}
+
+bool epx__lane_parted(const epx__proxy_t *proxy)
+{
+    bool all = true;
+    for (uint32_t i = 0; i < proxy->lane_count; i++)
+        if (is_told(proxy, &proxy->lanes[i]))
+            all = all && proxy->lanes[i].said && proxy->lanes[i].heard;
+    return all;
+}
+
+void epx__lane_answer(epx__proxy_t *proxy)
+{
+    for (uint32_t i = 0; proxy->answers && i < proxy->lane_count; i++) {
+        epx__lane_t *first = &proxy->lanes[i];
+        if (first->heard && !first->said && first->under_way == 0)
+            say_bye(proxy, first);
+    }
 }

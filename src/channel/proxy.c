@@ -2,7 +2,7 @@
  * The proxy: takes requests from its FIFO in order, carries them out on its network endpoint, hands notices to the
  * lanes, tells credit. One pass does a bounded amount of each and waits for none: a full network, an absent peer and an
  * empty FIFO all just mean "nothing this time". Requests hold credit before they are pushed, so none waits here for
- * window.
+ * window; those for a peer to which the network can put nothing now leave the FIFO and wait in their lane.
  *
  * Its thread sleeps when passes have found nothing for a while: it sets *asleep, looks once more at everything, and
  * polls the network's descriptor and its own eventfd. A producer commits, then fences, then looks at *asleep. With GPU
@@ -28,6 +28,7 @@
 #define EVENTS_A_PASS 64
 #define IDLE_PASSES 64 /* before sleeping */
 #define SLEEP_MS 20    /* at most: a missed wake costs this */
+#define NAP_MS 1       /* when only time will tell */
 
 void epx__channels_fault(epx__channels_t *self, int rank, epx_status_t status, const char *words)
 {
@@ -47,14 +48,25 @@ void epx__channels_fault(epx__channels_t *self, int rank, epx_status_t status, c
         self->config.changed(self->config.changed_context);
 }
 
+epx__lane_t *epx__proxy_first(epx__proxy_t *proxy, uint32_t rank)
+{
+    return &proxy->lanes[epx__channels_lane(proxy->owner, rank, 0)];
+}
+
 static void lost(epx__proxy_t *proxy, uint32_t rank, const char *words)
 {
-    bool news = false;
+    epx__lane_t *first = epx__proxy_first(proxy, rank);
+    bool news = false, parted = first->said && first->heard;
     for (uint32_t i = 0; i < proxy->lane_count; i++)
         if (proxy->lanes[i].arrived && proxy->lanes[i].rank == rank) {
             news = news || !proxy->lanes[i].dead;
             proxy->lanes[i].dead = true;
+            proxy->lanes[i].in_order &= parted;
         }
+    if (first->heard && !first->said) { /* it wants no answer any more */
+        first->said = true;
+        proxy->answers--;
+    }
     if (news)
         epx__channels_fault(proxy->owner, (int)rank, EPX_E_PEER, words);
 }
@@ -163,7 +175,17 @@ static epx_status_t fill_put(epx__proxy_t *proxy, const epx__lane_t *lane, const
     return EPX_OK;
 }
 
-/* EPX_OK: sent, or refused for good (the channel has its fault). EPX_E_BUSY: leave it where it is. */
+epx_status_t epx__proxy_put(epx__proxy_t *proxy, const epx__lane_t *lane, const epx__net_put_t *put, uint32_t most)
+{
+    epx__lane_t *first = epx__proxy_first(proxy, lane->rank);
+    if (first->under_way >= most)
+        return EPX_E_BUSY;
+    epx_status_t status = proxy->net->ops->put(proxy->net, put);
+    first->under_way += status == EPX_OK;
+    return status;
+}
+
+/* EPX_OK: sent, or refused for good (the channel has its fault). EPX_E_BUSY: not now. */
 static epx_status_t send(epx__proxy_t *proxy, uint64_t commit, const epx_port_request_t *request)
 {
     epx__channels_t *self = proxy->owner;
@@ -188,7 +210,7 @@ static epx_status_t send(epx__proxy_t *proxy, uint64_t commit, const epx_port_re
     else
         status = fill_put(proxy, lane, request, &put);
     if (status == EPX_OK)
-        status = proxy->net->ops->put(proxy->net, &put);
+        status = epx__proxy_put(proxy, lane, &put, proxy->share);
     if (status == EPX_E_BUSY)
         return status;
     if (status != EPX_OK) {
@@ -205,13 +227,47 @@ static epx_status_t send(epx__proxy_t *proxy, uint64_t commit, const epx_port_re
     return EPX_OK;
 }
 
+/* A peer that takes nothing now must not hold up the others: its requests leave the FIFO. There is room for a window of
+ * them, and more cannot be. */
+static bool set_aside(epx__proxy_t *proxy, epx__lane_t *lane, const epx_port_request_t *request)
+{
+    uint32_t window = proxy->owner->window;
+    if (lane->waiting_count == window)
+        return false;
+    lane->waiting[(lane->waiting_head + lane->waiting_count++) & (window - 1)] = *request;
+    proxy->waiting_count++;
+    return true;
+}
+
+static uint32_t take_waiting(epx__proxy_t *proxy)
+{
+    uint32_t n = 0, mask = proxy->owner->window - 1;
+    for (uint32_t i = 0; i < proxy->lane_count && proxy->waiting_count; i++) {
+        epx__lane_t *lane = &proxy->lanes[i];
+        while (lane->waiting_count) {
+            const epx_port_request_t *request = &lane->waiting[lane->waiting_head & mask];
+            if (send(proxy, request->commit, request) == EPX_E_BUSY)
+                break;
+            lane->waiting_head++;
+            lane->waiting_count--;
+            proxy->waiting_count--;
+            n++;
+        }
+    }
+    return n;
+}
+
 static uint32_t take_requests(epx__proxy_t *proxy)
 {
     uint32_t n = 0;
     for (; n < REQUESTS_A_PASS; n++) {
         uint64_t commit = committed(proxy);
         epx_port_request_t *request = slot_at(proxy, proxy->tail);
-        if (!commit || send(proxy, commit, request) == EPX_E_BUSY)
+        if (!commit)
+            break;
+        epx__lane_t *lane = lane_of(proxy, (uint32_t)(commit >> 32));
+        bool behind = lane && lane->waiting_count;
+        if ((behind || send(proxy, commit, request) == EPX_E_BUSY) && !set_aside(proxy, lane, request))
             break;
         if (EPX__MUTATE(port_zero_empty))
             __atomic_store_n(&request->bytes, 0, __ATOMIC_RELAXED);
@@ -226,6 +282,8 @@ static uint32_t take_requests(epx__proxy_t *proxy)
 
 static void take_event(epx__proxy_t *proxy, const epx__net_event_t *event)
 {
+    if (event->kind != EPX__NET_NOTICE)
+        epx__proxy_first(proxy, (uint32_t)event->cookie)->under_way--;
     if (event->kind == EPX__NET_NOTICE)
         epx__lane_notice(proxy, event->value);
     else if (event->kind == EPX__NET_LOST) {
@@ -247,7 +305,8 @@ bool epx__proxy_step(epx__proxy_t *proxy)
     uint32_t count = 0;
     if (proxy->halted)
         return false;
-    uint32_t requests = take_requests(proxy);
+    uint32_t requests = take_waiting(proxy);
+    requests += take_requests(proxy);
     epx_status_t status = proxy->net->ops->progress(proxy->net, events, EVENTS_A_PASS, &count);
     if (status != EPX_OK)
         epx__channels_fault(proxy->owner, -1, status, epx__detail());
@@ -255,14 +314,20 @@ bool epx__proxy_step(epx__proxy_t *proxy)
         take_event(proxy, &events[i]);
     bool moved = requests + count > 0;
     bool told = epx__lane_tell(proxy, !moved);
+    epx__lane_answer(proxy);
     if (moved && proxy->owner->config.changed)
         proxy->owner->config.changed(proxy->owner->config.changed_context);
     return moved || told;
 }
 
+bool epx__proxy_taken(epx__proxy_t *proxy)
+{
+    return !committed(proxy);
+}
+
 bool epx__proxy_idle(epx__proxy_t *proxy)
 {
-    return proxy->halted || (!committed(proxy) && proxy->owing_count == 0);
+    return proxy->halted || (epx__proxy_taken(proxy) && proxy->owing_count == 0);
 }
 
 /* ---- the thread ---- */
@@ -295,9 +360,10 @@ static void sleep_until_called(epx__proxy_t *proxy)
     pthread_mutex_lock(&proxy->lock);
     int fd = proxy->halted ? -1 : proxy->net->ops->wait_fd(proxy->net);
     bool sleep = epx__proxy_idle(proxy) && (fd < 0 || proxy->net->ops->arm(proxy->net));
+    bool nap = fd < 0 || proxy->waiting_count;
     pthread_mutex_unlock(&proxy->lock);
     if (sleep && !atomic_load(&proxy->stop))
-        wait_on(proxy, fd, fd >= 0 ? SLEEP_MS : 1);
+        wait_on(proxy, fd, nap ? NAP_MS : SLEEP_MS);
     __atomic_store_n(asleep, 0, __ATOMIC_RELAXED);
 }
 

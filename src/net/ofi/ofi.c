@@ -36,7 +36,7 @@ static epx_status_t open_parts(ofi_t *self, const epx__net_config_t *config)
     struct fi_info *info = self->info;
     long e;
     /* Room for every completion of ours; those of notices too, as far as the device allows (EPX_E_NET says so else). */
-    size_t entries = (size_t)config->puts_max + (config->notices_max < 16384 ? config->notices_max : 16384);
+    size_t entries = (size_t)self->puts_max + (config->notices_max < 16384 ? config->notices_max : 16384);
     cq.size = entries < self->cq_most ? entries : self->cq_most;
     if ((e = fi_fabric(info->fabric_attr, &self->fabric, NULL)))
         return epx__ofi_fail(e, "fi_fabric");
@@ -81,6 +81,8 @@ static epx_status_t ofi_open(const epx__net_config_t *config, epx__net_t **net)
     if (status == EPX_OK)
         status = epx__ofi_choose(self, config);
     if (status == EPX_OK) {
+        if (self->puts_max > self->cq_most / 2)
+            self->puts_max = (uint32_t)(self->cq_most / 2); /* room for their completions, and for notices */
         contexts_init(self);
         status = open_parts(self, config);
     }
