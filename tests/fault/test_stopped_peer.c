@@ -2,6 +2,7 @@
  * Channels to a rank that stands still (SIGSTOP): puts to the others go on, whether the network had a connection to it
  * before or not, and however much has been pushed to it.
  */
+#include "common/check.h"
 #include "common/slowness.h"
 #include "common/stopped.h"
 #include "common/world.h"
@@ -15,12 +16,14 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "net/net.h"
 
 enum { RANKS = 4, STOPPED = 2, DEADLINE_MS = 6000, AT_ONCE_MS = 1500, PIECE = 65536, CHANNELS = 4, WINDOW = 128 };
 
 typedef struct plan {
     bool connected;  /* before it stops */
-    uint32_t pushed; /* puts to the one that has stopped, on each channel */
+    uint32_t pushed; /* puts to those that have stopped, on each channel */
+    bool leaves;     /* rank 0 goes while they stand still, and rank 1 is told */
 } plan_t;
 
 static void stand_still(xt_rank_t *self)
@@ -45,6 +48,19 @@ static void go_on_without(xt_rank_t *self, const plan_t *plan, epx_channels_t *c
     XT_CHECK(self, ms < well_before(DEADLINE_MS, AT_ONCE_MS), "%.0f ms", ms);
 }
 
+/* To those that stand still much was pushed, and they take nothing: to the other it is said that we leave. */
+static void leave(xt_rank_t *self, epx_channels_t **channels)
+{
+    if (self->rank == 0) {
+        epx_channels_destroy(*channels);
+        *channels = NULL;
+        return;
+    }
+    const epx_port_channel_t *other = epx_channels_port_table(*channels);
+    XT_CHECK(self, epx_port_wait(other, 2) == EPX_E_PEER, "rank 0 has left, but nothing says so");
+    XT_OK(self, epx_channels_status(*channels)); /* in order */
+}
+
 static void body(xt_rank_t *self)
 {
     const plan_t *plan = self->context;
@@ -67,6 +83,8 @@ static void body(xt_rank_t *self)
             stopped = stopped && wait_stopped((pid_t)atomic_load(&self->world->note[r]));
         XT_CHECK(self, stopped, "ranks have not stopped");
         go_on_without(self, plan, channels);
+        if (plan->leaves)
+            leave(self, &channels);
         xt_mark(self, 1);
         XT_CHECK(self, xt_wait_mark(self, 1, STOPPED), "the other has not done");
         for (int r = STOPPED; r < RANKS && self->rank == 0; r++)
@@ -83,10 +101,24 @@ static void run(const char *name, plan_t plan)
     xt_run(&run);
 }
 
+/* Is libfabric in this build? */
+static bool ofi_is_here(void)
+{
+    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
+    epx__net_t *net;
+    if (epx__net_open("ofi", &config, &net) != EPX_OK)
+        return false;
+    epx__net_close(net);
+    return true;
+}
+
 int main(void)
 {
-    run("few, connected", (plan_t){true, 1});
-    run("few, not connected", (plan_t){false, 1});
-    run("many, connected", (plan_t){true, WINDOW});
+    if (!ofi_is_here())
+        SKIP("no libfabric in this build");
+    run("few, connected", (plan_t){true, 1, false});
+    run("few, not connected", (plan_t){false, 1, false});
+    run("many, connected", (plan_t){true, WINDOW, false});
+    run("many, and one leaves", (plan_t){true, WINDOW, true});
     return xt_done();
 }
