@@ -93,7 +93,8 @@ static __device__ int find_turn(const ll_common_t &l, ll_head_t &h, bool ids, ui
         bool stop = threadIdx.x == 0 && polls % 16 == 0 && ht_stopped(l.c, h.n, polls % 1024 == 0);
         for (uint32_t first = threadIdx.x / 32 * 32; first < (uint32_t)l.c.ranks; first += LL_THREADS) {
             bool waits = h.left[first / 32] >> threadIdx.x % 32 & 1, go = false;
-            waits = waits && !look_at(l, h, (int)(first + threadIdx.x % 32), ids, late, &go, &stop);
+            int r = (int)(first + threadIdx.x % 32); /* nobody gives up itself */
+            waits = waits && !look_at(l, h, r, ids, late && r != l.c.rank, &go, &stop);
             uint32_t now = __ballot_sync(ALL_LANES, go), later = __ballot_sync(ALL_LANES, waits);
             if (threadIdx.x % 32 == 0) {
                 h.go[first / 32] = now;

@@ -95,7 +95,9 @@ static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n
         bool masked = l.mask_on_timeout && *(volatile uint32_t *)&l.masked[peer];
         if (waited <= l.c.timeout_ns && !masked)
             continue;
-        if (l.mask_on_timeout && stage != HT_STAGE_SHAPE) {
+        if (l.mask_on_timeout && peer == l.c.rank) /* other blocks of this kernel, which did not get to run */
+            continue;
+        if (l.mask_on_timeout) {
             if (ll_is<stamp>(ld_acquire_sys_u64(word), want))
                 return LL_CAME;
             if (!gone) /* else the caller decides with others */
