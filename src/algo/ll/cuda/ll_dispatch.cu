@@ -141,7 +141,8 @@ static __device__ bool book(const ll_dispatch_t &p, ll_head_t &h, const ll_index
 
 /* ---- spread ---- */
 
-EPX__DEVICE void put_scales(const ll_dispatch_t &p, const char *wire, uint32_t at, size_t part, size_t row)
+/* Of a row that did not come they are 0: what lies there may be of an older call, and of another format. */
+EPX__DEVICE void put_scales(const ll_dispatch_t &p, const char *wire, bool came, uint32_t at, size_t part, size_t row)
 {
     const ll_common_t &l = p.l;
     uint32_t lane = threadIdx.x % 32, all = (uint32_t)l.c.ranks * l.c.layout.ll.tokens_max;
@@ -149,14 +150,14 @@ EPX__DEVICE void put_scales(const ll_dispatch_t &p, const char *wire, uint32_t a
     if (!p.ue8m0) {
         uint32_t b = at / 128 + lane, blocks = l.hidden / 128;
         if (lane < LL_PIECE / 128 && b < blocks)
-            p.recv_scales[(part * blocks + b) * all + row] = ld_relaxed_sys_u32(&scales[b]);
+            p.recv_scales[(part * blocks + b) * all + row] = came ? ld_relaxed_sys_u32(&scales[b]) : 0;
         return;
     }
     uint32_t b = at / 512 + lane, blocks = l.hidden / 512;
     if (lane < LL_PIECE / 512 && b < blocks) {
         uint8_t four[4];
         for (int i = 0; i < 4; i++)
-            four[i] = epx__ue8m0_of_f32_up(__uint_as_float(ld_relaxed_sys_u32(&scales[b * 4 + i])));
+            four[i] = came ? epx__ue8m0_of_f32_up(__uint_as_float(ld_relaxed_sys_u32(&scales[b * 4 + i]))) : 0;
         p.recv_scales[(part * blocks + b) * all + row] = (uint32_t)epx__ue8m0_pack(four);
     }
 }
@@ -178,8 +179,8 @@ EPX__DEVICE void put_choices(const ll_dispatch_t &p, const ll_head_t &h, uint32_
         const uint64_t *word = &ll_weights(l, l.c.window, h.slot, (int)source)[t * l.topk + lane];
         seen = ld_relaxed_sys_u64(word);
         if (!ll_is<true>(seen, h.n)) {
-            (void)ll_wait_slow<true>(l, h.n, word, h.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL);
-            seen = ld_relaxed_sys_u64(word);
+            int came = ll_wait_slow<true>(l, h.n, word, h.n, (int)source, HT_STAGE_ARRIVAL, NULL, NULL);
+            seen = came == LL_CAME ? ld_relaxed_sys_u64(word) : 0;
         }
     }
     p.recv_topk_weights[row * l.topk + lane] = __uint_as_float((uint32_t)seen);
@@ -225,7 +226,7 @@ EPX__DEVICE bool spread_piece(const ll_dispatch_t &p, const ll_head_t &h, const 
                 st_global_16(out + b, v[j]);
         }
         if (fp8)
-            put_scales(p, wire, at, part, to);
+            put_scales(p, wire, came == LL_CAME, at, part, to);
         if (piece == 0 && lane == 0)
             p.src_info[part * all + to] = (int32_t)t;
         if (piece == 0 && l.ranked)
