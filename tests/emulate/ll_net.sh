@@ -33,4 +33,5 @@ for each in 1 2; do
     EPX_NET=loop run "$out/emulate_ll_graph" 5
 done
 EPX_NET=loop EPX_TEST_PER_DOMAIN=1 run "$out/emulate_ll_deadline"
+EPX_NET=loop EPX_TEST_PER_DOMAIN=1 run "$out/emulate_ll_whole" 8
 exit $failed

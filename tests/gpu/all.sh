@@ -99,6 +99,7 @@ section_ll1() { # low latency, ranks share a GPU; in-band first
     EPX_LL_INBAND=1 step inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
     EPX_LL_INBAND=1 step inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 30)"
     step deadline 15 "$tests/gpu_test_ll_deadline"
+    step whole 15 "$tests/gpu_test_ll_whole" "$(pct 100)"
     EPX_LL_INBAND=0 step flags 25 "$tests/gpu_test_ll" "" "$(pct 20)"
     EPX_LL_INBAND=0 step flags-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
 }

@@ -64,7 +64,10 @@ static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
     while (i < count) {
         uint32_t next = i + gridDim.x;
         ll_back_t later = next < count ? row_to_push(p, next) : b;
-        if (goes_home(p, b)) {
+        bool home = goes_home(p, b);
+        if (l.mask_on_timeout) /* who adds may mask the rank meanwhile: one look for all lanes */
+            home = __shfl_sync(ALL_LANES, home, 0);
+        if (home) {
             char *to = home_row(l, h, b);
             if (p.pre_reduced)
                 push_sum(p, threadIdx.x / 32, h.copiers, b.row, to);
@@ -101,6 +104,11 @@ static __device__ void teller(const ll_combine_t &p, ll_head_t &h, uint32_t whic
 
 /* ---- add ---- */
 
+EPX__DEVICE const uint64_t *flag_of(const ll_common_t &l, const ll_head_t &h, uint32_t t, uint32_t place)
+{
+    return (const uint64_t *)(l.c.window + epx__ll_back_flag_at(&l.c.layout.ll, h.slot, t, place & 0xff));
+}
+
 /* Whose rows of this call will be here: asked, and neither masked nor given up since. */
 EPX__DEVICE int share_of(const ll_combine_t &p, const ll_head_t &h, int rank, const uint64_t *flag)
 {
@@ -118,6 +126,28 @@ EPX__DEVICE int share_of(const ll_combine_t &p, const ll_head_t &h, int rank, co
         *(volatile uint32_t *)gone = ll_decision(h.n, 2);
     }
     return came;
+}
+
+/*
+ * With mask_on_timeout one piece of a token may see the flag of a row that comes at the very deadline, and another not;
+ * so may two lanes with the same row. The first piece that has looked at all its rows decides for the token: lane k
+ * gives what it saw of choice k, and gets what holds.
+ */
+static __device__ __noinline__ int agree_on_shares(const ll_combine_t &p, const ll_head_t &h, uint32_t t, int rank,
+                                                   uint32_t place, int came)
+{
+    uint32_t lane = threadIdx.x % 32, shares = __ballot_sync(ALL_LANES, came == LL_CAME);
+    if (p.by_rank) { /* one row for all choices of a rank: seen by one of them, it is in for all */
+        uint32_t same = __match_any_sync(ALL_LANES, rank);
+        shares = __ballot_sync(ALL_LANES, (shares & same) != 0);
+    }
+    uint32_t decided = lane ? 0 : ll_decide(&p.l.r.shares_in[t], h.n, shares);
+    decided = __shfl_sync(ALL_LANES, decided, 0);
+    if (!(decided >> lane & 1))
+        return LL_ABSENT;
+    if (came != LL_CAME)
+        ll_follow(flag_of(p.l, h, t, place), h.n);
+    return LL_CAME;
 }
 
 /* One warp: one piece of one token. Lane k has choice k: its rank, and by rank its place among the token's ranks. */
@@ -142,13 +172,12 @@ static __device__ bool add_piece(const ll_combine_t &p, const ll_head_t &h, uint
     if (!p.by_rank && p.send && rank == l.c.rank)
         local = l.r.pos[((size_t)l.c.rank * l.c.layout.ll.tokens_max + t) * l.topk + lane];
     int came = LL_ABSENT;
-    if (rank >= 0) {
-        const uint64_t *flag =
-            (const uint64_t *)(l.c.window + epx__ll_back_flag_at(&l.c.layout.ll, h.slot, t, place & 0xff));
-        came = share_of(p, h, rank, local >= 0 ? NULL : flag);
-    }
+    if (rank >= 0)
+        came = share_of(p, h, rank, local >= 0 ? NULL : flag_of(l, h, t, place));
     if (__any_sync(ALL_LANES, came == LL_STOP))
         return false;
+    if (l.mask_on_timeout)
+        came = agree_on_shares(p, h, t, rank, place, came);
     const char *row = local >= 0 ? p.x + (size_t)local * bytes
                                  : l.c.window + epx__ll_back_at(&l.c.layout.ll, h.slot, t, place & 0xff);
     float weight = 1.0f;

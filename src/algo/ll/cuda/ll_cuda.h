@@ -51,6 +51,9 @@ typedef struct ll_record {
     uint32_t *decided;    /* [ranks] 0, 1 heard, 2 given up: the first to know decides for all blocks */
     uint32_t *asked;      /* [ranks] I sent to it */
     uint32_t *gone;       /* [ranks] given up or left out in combine */
+    /* With mask_on_timeout: what all pieces of a row do alike (ll_decide). */
+    uint64_t *rows_in;   /* [ranks * tokens_max] of dispatch: 1 it came, 0 it did not */
+    uint64_t *shares_in; /* [tokens_max] of combine: bits of the token's choices whose outputs came */
     /* Between domains. The row at which outputs begin in `back`: [0] with a row a choice, [1] with a row a token. */
     uint32_t *first;       /* [2][ranks] each rank's in mine */
     uint32_t *first_there; /* [2][ranks] mine in each source's */

@@ -186,6 +186,18 @@ EPX__DEVICE void put_choices(const ll_dispatch_t &p, const ll_head_t &h, uint32_
     p.recv_topk_weights[row * l.topk + lane] = __uint_as_float((uint32_t)seen);
 }
 
+/* One lane: has the row come? With mask_on_timeout it may come at the very deadline: one answer for all its pieces. */
+static __device__ __noinline__ int agree_on_row(const ll_common_t &l, const ll_head_t &h, uint32_t source, uint32_t t,
+                                                int came)
+{
+    if (came == LL_STOP)
+        return LL_STOP;
+    if (ll_decide(&l.r.rows_in[source * l.c.layout.ll.tokens_max + t], h.n, came == LL_CAME) == 0)
+        return LL_ABSENT;
+    ll_follow((const uint64_t *)(l.c.window + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, source, t)), h.n);
+    return LL_CAME;
+}
+
 /* One warp: one piece of one row, to all its places. */
 template <bool fp8>
 EPX__DEVICE bool spread_piece(const ll_dispatch_t &p, const ll_head_t &h, const ll_index_t &x, uint32_t source,
@@ -203,6 +215,8 @@ EPX__DEVICE bool spread_piece(const ll_dispatch_t &p, const ll_head_t &h, const 
     uint32_t row = e == LL_NONE ? 0 : place_of(p, x, l.ranked ? 0 : e, u);
     const uint64_t *flag = (const uint64_t *)(l.c.window + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, source, t));
     int came = lane ? LL_CAME : ll_wait_flag(l, h.n, flag, (int)source, HT_STAGE_ARRIVAL, NULL, NULL);
+    if (l.mask_on_timeout && lane == 0)
+        came = agree_on_row(l, h, source, t, came);
     came = __shfl_sync(ALL_LANES, came, 0);
     if (came == LL_STOP)
         return false;

@@ -65,6 +65,27 @@ EPX__DEVICE uint32_t ll_decision(uint64_t n, uint32_t what)
     return (uint32_t)n << 2 | what;
 }
 
+/*
+ * What all that share a row do alike, however close to the deadline it comes: the first to know decides, in a word with
+ * the call's number in its upper half. Only the decision goes by this word: who follows it looks at the flag itself.
+ */
+EPX__DEVICE uint32_t ll_decide(uint64_t *word, uint64_t n, uint32_t what)
+{
+    unsigned long long mine = ll_stamped(what, n), seen = *(volatile uint64_t *)word;
+    while (!ll_is<true>(seen, n)) { /* of an older call */
+        unsigned long long before = atomicCAS((unsigned long long *)word, seen, mine);
+        seen = before == seen ? mine : before;
+    }
+    return (uint32_t)seen;
+}
+
+/* It was decided that the row is in: somebody has seen its flag, so there is nothing to wait for but one's own look. */
+EPX__DEVICE void ll_follow(const uint64_t *flag, uint64_t n)
+{
+    while (ld_acquire_sys_u64(flag) < n)
+        ;
+}
+
 /* `left_out`: a word that says that nothing will come, or NULL. `gone`: somebody else's decision, or NULL. */
 template <bool stamp>
 static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n, const uint64_t *word, uint64_t want,
