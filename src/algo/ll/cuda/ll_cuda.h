@@ -65,7 +65,7 @@ typedef struct ll_line {
     uint64_t want[LL_WORDS]; /* what its words should be */
     uint64_t told[LL_WORDS]; /* what they are once all that was pushed is applied */
     uint64_t put;            /* requests issued to it when the last put from this piece of `out` was pushed */
-    uint64_t spare;
+    uint64_t next;           /* home: the row of its outputs that the next piece begins with; 0 between kernels */
 } ll_line_t;
 
 /* Ways to the ranks of other domains (ll_far.cuh). A far rank is known by its place among them. */

@@ -75,6 +75,13 @@ EPX__DEVICE uint32_t look_home(const ll_common_t &l, const ll_far_head_t &h, uin
     return far_out_free(l, h, place) && far_room(&l.far.channels[place], h.bytes_puts) ? FAR_YES : FAR_WAIT;
 }
 
+/* ... and for the next piece, which is of nobody's concern but this block's. */
+EPX__DEVICE uint32_t look_piece(const ll_common_t &l, const ll_far_head_t &h, uint32_t place, uint32_t *stage)
+{
+    *stage = HT_STAGE_CHANNEL;
+    return far_gone(l, place) || far_out_free(l, h, place) ? FAR_YES : FAR_WAIT; /* then the channel is empty */
+}
+
 EPX__DEVICE uint32_t look_back(const ll_common_t &l, const ll_far_head_t &h, uint32_t place, bool skip, uint32_t *stage)
 {
     int rank = l.far.rank_of[place];
@@ -196,9 +203,11 @@ static __device__ __noinline__ uint32_t far_pick(const ll_common_t &l, ll_far_he
         for (uint32_t i = 0, u = blockIdx.x; u < h.units; i++, u += gridDim.x) {
             if (h.done[i / 32] >> i % 32 & 1)
                 continue;
-            uint32_t place = u % l.far.count, stage = 0, what = far_agreed(l, h, place);
+            bool more = h.more[i / 32] >> i % 32 & 1;
+            uint32_t place = u % l.far.count, stage = 0;
+            uint32_t what = more ? look_piece(l, h, place, &stage) : far_agreed(l, h, place);
             all = false;
-            if (what == FAR_WAIT)
+            if (what == FAR_WAIT && !more)
                 what = far_look(l, h, place, h.skip[i / 32] >> i % 32 & 1, &stage);
             if (what == FAR_WAIT && (polls & 7) == 0)
                 what = far_late(l, h, place, stage);
@@ -206,8 +215,9 @@ static __device__ __noinline__ uint32_t far_pick(const ll_common_t &l, ll_far_he
                 return FAR_STOP;
             if (what == FAR_WAIT)
                 continue;
-            h.what = far_agree(l, h, place, what);
+            h.what = more ? what : far_agree(l, h, place, what);
             h.done[i / 32] |= 1u << i % 32;
+            h.unit = i;
             h.place = place;
             h.part = u / l.far.count;
             far_note(l, h, l.far.rank_of[place], h.what);
@@ -249,7 +259,7 @@ EPX__DEVICE bool far_enter(const ll_common_t &l, ll_far_head_t &h, uint32_t kind
                            uint64_t bytes)
 {
     for (uint32_t i = threadIdx.x; i < LL_FAR_MOST / 32; i += LL_FAR_THREADS)
-        h.done[i] = h.skip[i] = 0;
+        h.done[i] = h.skip[i] = h.more[i] = 0;
     if (threadIdx.x == 0) {
         h.n = n;
         h.slot = n % l.slots;

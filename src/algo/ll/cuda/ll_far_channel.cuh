@@ -18,11 +18,12 @@ enum { FAR_WAIT = 0, FAR_YES = 1, FAR_GIVEN_UP = 2, FAR_NO = 3, FAR_STOP = 4 };
 
 typedef struct ll_far_head {
     uint64_t n, slot, start;
-    uint32_t kind, units, bytes_puts; /* bytes_puts: requests that a YES needs room for */
-    uint32_t turn, place, part, what;
-    uint32_t stop;                                           /* thread 0: no further turn */
-    uint32_t done[LL_FAR_MOST / 32], skip[LL_FAR_MOST / 32]; /* of the block's units; skip: nothing will come */
-    uint32_t index[LL_FAR_THREADS];                          /* first row of each token of a tile, or FAR_NO_ROW */
+    uint32_t kind, units, bytes_puts;       /* bytes_puts: requests that a YES needs room for */
+    uint32_t turn, unit, place, part, what; /* unit: of the block's, the one whose turn it is */
+    uint32_t stop;                          /* thread 0: no further turn */
+    /* Bits of the block's units. skip: nothing will come; more: home has put a piece of its outputs, and goes on. */
+    uint32_t done[LL_FAR_MOST / 32], skip[LL_FAR_MOST / 32], more[LL_FAR_MOST / 32];
+    uint32_t index[LL_FAR_THREADS]; /* first row of each token of a tile, or FAR_NO_ROW */
     uint32_t sums[LL_FAR_WARPS];
     epx__ll_block_t block;
 } ll_far_head_t;

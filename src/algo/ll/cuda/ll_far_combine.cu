@@ -67,21 +67,31 @@ static __device__ uint32_t each_row(const ll_far_combine_t &p, ll_far_head_t &h,
     return rows;
 }
 
-/* Thread 0: until what was put from the piece has been applied there. False: stop; a rank given up is masked then. */
-static __device__ bool piece_free(const ll_common_t &l, const ll_far_head_t &h, uint32_t place)
+/* The block: the next piece of the source's `rows` outputs. If it is not the last one, the unit gets another turn when
+ * the piece is free: until then the block serves its other ranks, which must not wait for this one. */
+static __device__ void put_piece(const ll_far_combine_t &p, ll_far_head_t &h, int source, uint64_t first, uint32_t rows,
+                                 uint32_t piece, char *out)
 {
-    int rank = l.far.rank_of[place];
-    for (uint32_t polls = 1; !far_out_free(l, h, place) && !far_gone(l, place); polls++) {
-        if (far_stopped(l, h, polls))
-            return false;
-        if (globaltimer_ns() - h.start <= l.c.timeout_ns)
-            continue;
-        if (!l.mask_on_timeout)
-            return far_fail(l, h, place, EPX_E_TIMEOUT, HT_STAGE_CHANNEL, h.n, 0);
-        ll_give_up(l, h.n, rank);
-        return true;
+    const ll_common_t &l = p.c.l;
+    size_t stride = (size_t)l.hidden * 2;
+    volatile uint64_t *next = &far_line(l, h.slot, h.place)->next;
+    uint32_t from = (uint32_t)*next, now = rows - from < piece ? rows - from : piece;
+    each_row(p, h, (uint32_t)source, 0, 1, from, piece, out);
+    if (threadIdx.x == 0) {
+        uint32_t bit = 1u << h.unit % 32;
+        size_t at = epx__ll_back_row_at(&l.c.layout.ll, h.slot, first + from, stride);
+        fence_acq_rel_sys();
+        if (!far_put(l, h, h.place, at, now * stride))
+            h.stop = 1;
+        *next = from + now < rows ? from + now : 0;
+        if (*next) {
+            h.more[h.unit / 32] |= bit;
+            h.done[h.unit / 32] &= ~bit;
+        } else {
+            h.more[h.unit / 32] &= ~bit;
+        }
     }
-    return true;
+    __syncthreads();
 }
 
 /* The block: its part of the outputs for the source, from row `first` of its `back` on. More than a piece of `out`:
@@ -90,9 +100,8 @@ static __device__ uint32_t go_home(const ll_far_combine_t &p, ll_far_head_t &h, 
 {
     const ll_common_t &l = p.c.l;
     const epx__ll_layout_t *layout = &l.c.layout.ll;
-    size_t stride = (size_t)l.hidden * 2;
     char *out = l.far.out + far_out_at(l, h.slot, h.place);
-    uint32_t piece = (uint32_t)(l.far.piece_bytes / stride);
+    uint32_t piece = (uint32_t)(l.far.piece_bytes / ((size_t)l.hidden * 2));
     uint32_t rows = each_row(p, h, (uint32_t)source, 0, 1, 0, 0, out);
     if (threadIdx.x == 0 && first + rows > (uint64_t)layout->tokens_max * l.topk) {
         far_fail(l, h, h.place, EPX_E_MISMATCH, HT_STAGE_OVERFLOW, (uint64_t)layout->tokens_max * l.topk, first + rows);
@@ -105,20 +114,18 @@ static __device__ uint32_t go_home(const ll_far_combine_t &p, ll_far_head_t &h, 
         each_row(p, h, (uint32_t)source, h.part, p.parts, 0, piece, out);
         return rows;
     }
-    for (uint32_t from = 0; h.part == 0 && from < rows && !h.stop; from += piece) {
-        each_row(p, h, (uint32_t)source, 0, 1, from, piece, out);
-        if (threadIdx.x == 0) {
-            uint32_t now = rows - from < piece ? rows - from : piece;
-            fence_acq_rel_sys();
-            bool put = far_put(l, h, h.place, epx__ll_back_row_at(layout, h.slot, first + from, stride), now * stride);
-            if (!put || !piece_free(l, h, h.place))
-                h.stop = 1;
-        }
-        __syncthreads();
-        if (*(volatile uint32_t *)&l.masked[source]) /* given up meanwhile */
-            break;
-    }
+    if (h.part == 0)
+        put_piece(p, h, source, first, rows, piece, out);
     return 0;
+}
+
+/* The block: is there another piece to come for the rank whose turn it was? One that is given up gets no more. */
+EPX__DEVICE bool goes_on(const ll_common_t &l, ll_far_head_t &h)
+{
+    bool more = h.more[h.unit / 32] >> h.unit % 32 & 1;
+    if (more && h.what != FAR_YES && threadIdx.x == 0)
+        far_line(l, h.slot, h.place)->next = 0;
+    return more && h.what == FAR_YES;
 }
 
 __global__ void __launch_bounds__(LL_FAR_THREADS, 1) ll_far_home_kernel(const __grid_constant__ ll_far_combine_t p)
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(LL_FAR_THREADS, 1) ll_far_home_kernel(const __
         uint32_t rows = h.what == FAR_YES ? go_home(p, h, source, first) : 0;
         if (h.stop)
             return;
-        if (!far_last(l, h, p.parts))
+        if (goes_on(l, h) || !far_last(l, h, p.parts))
             continue;
         size_t stride = (size_t)l.hidden * 2;
         bool good = true, leave_out = !far_heard(l, h, source) || *(volatile uint32_t *)&l.masked[source];
