@@ -189,7 +189,9 @@ static bool call(world_t *w, int kind, uint64_t dispatch_ms, uint64_t combine_ms
 static bool meet(xt_rank_t *self, int *times)
 {
     xt_mark(self, 0);
-    return xt_wait_mark(self, 0, ++*times * RANKS);
+    bool all = xt_wait_mark(self, 0, ++*times * RANKS);
+    XT_CHECK(self, all, "the others do not come");
+    return all;
 }
 
 static int rounds = ROUNDS;
