@@ -4,10 +4,10 @@
 #   tests/gpu/all.sh [-m MINUTES] [SECTION...]    9.5 minutes if not said; sections below, all of them if none is named
 #   tests/gpu/all.sh carry                        on a machine without a GPU: build here, into build-carry/ (build.sh)
 #
-# For one GPU or more. What one GPU can do runs on GPU 0 and GPU 1 side by side; then what wants all of them. A section
-# that is early leaves its time to those after it. With more minutes limits and iterations grow; with less, name sections.
-# Kept, in $OUT or build-gpu/out, seven files at most: summary.txt, table.txt, failures.txt, log-{main,gpu0,gpu1}.txt,
-# build.txt. Exit code 1 if anything went wrong.
+# For one GPU or more. What one GPU can do runs on two or four of them side by side; then what wants all; figures are of 2
+# ranks, and of 4 where there are as many GPUs. A section that is early leaves its time to those after it. With more minutes
+# limits and iterations grow; with less, name sections. Kept, in $OUT or build-gpu/out, eight files at most: summary.txt,
+# table.txt, failures.txt, log-{main,gpu0 to gpu3}.txt, or build.txt for one of these. Exit code 1 if anything went wrong.
 set -u
 source=$(cd "$(dirname "$0")/../.." && pwd)
 minutes=9.5
@@ -31,7 +31,9 @@ if [ "$gpus" = 0 ] && [ ! -e /dev/nvidiactl ]; then
     echo "skipped: no NVIDIA driver on this machine (nvidia-smi lists no GPU, no /dev/nvidiactl)"
     exit 77
 fi
-ranks=$((gpus < 4 ? gpus : 4))
+ranks=$((gpus < 4 ? gpus : 4)) # of tests; of figures what a section says
+worlds=$ranks
+[ "$ranks" != 4 ] || worlds="2 4"
 chosen=" $* "
 for name in "$@"; do
     if ! grep -q "^section_$name() " "$0"; then
@@ -47,13 +49,17 @@ ulimit -c 0
 export PYTHONUNBUFFERED=1
 
 finish() {
-    local line
+    local line world
     { echo
         for line in $(cut -d' ' -f1 "$out/table.txt" | awk '!seen[$0]++'); do
             grep "^$line " "$out/table.txt"
         done
-        ll_table "$ranks" "$logs"/ll-{flags,inband,inband-96}-time.log
-        grep -hE '^(us  |cached|combine|low-latency|  in a graph)' "$logs/python-cost.log" 2>/dev/null
+        for world in $worlds; do
+            ll_table "$world" "$logs/benchll@$world"-{flags,inband,inband-96}-time.log
+        done
+        for world in $worlds; do
+            grep -hE '^(us  |cached|combine|low-latency|  in a graph)' "$logs/cost@$world-cost.log" 2>/dev/null
+        done
         timeout 10 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
         echo "$([ -e "$logs/failed" ] && echo "SOMETHING FAILED: failures.txt, log-*.txt" || echo "nothing failed"), no time for $(grep -c ' no time ' "$out/table.txt") steps, $SECONDS s"; } | tee "$out/summary.txt" | tail -c 11500
 }
@@ -118,13 +124,11 @@ section_ht1() { # high throughput in one domain, ranks share a GPU
 section_ll() {
     export EPX_TIMEOUT_MS=10000
     EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
-    EPX_LL_INBAND=0 step flags-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
-    EPX_LL_INBAND=1 step inband-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
-    EPX_LL_INBAND=1 EPX_SMS=96 step inband-96-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
     EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 step inband 30 "$tests/gpu_test_ll" "" "$(pct 20)"
     EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 step inband-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
     EPX_LL_INBAND=1 step inband-graphs 20 "$tests/gpu_test_ll_graph" "$(pct 40)"
     EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 step flags 20 "$tests/gpu_test_ll" "" "$(pct 10)"
+    step deadline 15 "$tests/gpu_test_ll_deadline"
 }
 section_ht() {
     export EPX_TIMEOUT_MS=10000
@@ -136,6 +140,8 @@ section_ht() {
     step order 15 "$tests/gpu_test_order"
     step laps 15 "$tests/gpu_test_laps"
     EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "two" "$(pct 2)"
+    [ "$ranks" -lt 4 ] || EPX_TEST_RANKS_MAX=4 step four 40 "$tests/gpu_test_differential" "four" "$(pct 4)"
+    step stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
 }
 bench() { # NAME ARGUMENTS...
     local name=$1
@@ -154,6 +160,10 @@ section_benchht() {
 }
 section_benchll() {
     local way
+    export EPX_TIMEOUT_MS=10000
+    EPX_LL_INBAND=0 step flags-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 step inband-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 EPX_SMS=96 step inband-96-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
     for way in 0 1; do
         export EPX_LL_INBAND=$way
         bench graph-fp8-$way --op ll_dispatch,ll_combine,ll_pair --dtype fp8 --graph
@@ -170,14 +180,19 @@ section_benchnet() {
     bench tcp-2x2 --ranks 4 --domains 2 --net ofi:tcp --iters 5 --op dispatch_cached,combine
     bench tcp-2x2-threads --ranks 4 --domains 2 --net ofi:tcp --iters 5 --op dispatch_cached,combine --threads-as-ranks
 }
-section_many() { # between domains, more ranks than GPUs; as processes a GPU runs their kernels one after the other
+section_many() { # between domains, more ranks than two GPUs; as processes a GPU runs its ranks' kernels one by one
     local ranks=16
     export EPX_TIMEOUT_MS=20000
+    EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 step ll-loop 20 "$tests/gpu_test_ll_net" loop "$(pct 8)" "two of two"
     step loop-2x2 15 "$tests/gpu_test_domains" loop "$(pct 6)" "2 domains of 2"
     step loop-2x8 15 "$tests/gpu_test_domains" loop "$(pct 4)" "2 domains of 8"
     step sim-2x8 15 "$tests/gpu_test_domains" sim:1 "$(pct 4)" "2 domains of 8"
     use_fabric
     [ -n "$ofi" ] || return
+    EPX_TEST_RANKS_MAX=4 step ll-tcp-2x2 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "two of two"
+    EPX_TEST_RANKS_MAX=4 step ll-tcp-4x1 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "four"
+    EPX_TEST_RANKS_MAX=4 step ll-tcp-masked 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "masked"
+    step tcp-4x1 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "4 domains of 1"
     step tcp-2x2 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 2"
     # Threads: as processes, of which a GPU serves one at a time, a half takes 50 to 80 ms; those are for the bench.
     EPX_TEST_THREADS=1 step tcp-2x8-threads 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 8"
@@ -199,7 +214,13 @@ section_py1() {
 }
 section_python() {
     pytests two-ranks 60 test_gpu.py -k "2] or test_late or other_device"
-    pytests programs 60 test_deep_ep.py -k "1] or 2] or 2-1]"
+    if [ "$ranks" = 4 ]; then
+        pytests programs 90 test_deep_ep.py -k "1] or 2] or 2-1] or 4] or 4-2]"
+    else
+        pytests programs 60 test_deep_ep.py -k "1] or 2] or 2-1]"
+    fi
+}
+section_cost() {
     # No torchrun: its ranks are sessions of their own, which a timeout does not end.
     export EPX_TIMEOUT_MS=10000 PYTHONPATH=$source/python MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
     step cost 60 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 --bench "$2" & p="${p:-} $!"; done
@@ -222,13 +243,21 @@ section_racecheck() {
     sanitize racecheck
 }
 
-# sections NAME=SECONDS...: those that were chosen, each in a shell of its own, which keeps its environment
+# sections NAME[@RANKS]=SECONDS...: those that were chosen, each in a shell of its own, which keeps its environment
 sections() {
-    local s
+    local s name
     for s in "$@"; do
-        [[ $chosen == "  " || $chosen == *" ${s%=*} "* ]] || continue
-        (begin_section "${s%=*}" "${s#*=}" && "section_${s%=*}")
+        name=${s%=*}
+        [[ $chosen == "  " || $chosen == *" ${name%@*} "* ]] || continue
+        ([[ $name != *@* ]] || ranks=${name#*@}
+            begin_section "$name" "${s#*=}" && "section_${name%@*}")
     done
+}
+lane() { # NUMBER SECTIONS...: on that GPU alone, beside the other lanes
+    export CUDA_VISIBLE_DEVICES=${visible[$1]}
+    lane=gpu$1
+    shift
+    sections "$@"
 }
 
 section=machine
@@ -243,16 +272,28 @@ tests=$build/tests
 ofi=""
 find_fabric && ofi=yes
 
-if [ "$gpus" -gt 1 ]; then
-    (export CUDA_VISIBLE_DEVICES=${visible[0]} && lane=gpu0 && sections net=130 llnet=70 memcheck=40) &
-    (export CUDA_VISIBLE_DEVICES=${visible[1]} && lane=gpu1 && sections ll1=80 ht1=110 py1=40) &
+if [ "$gpus" -ge 4 ]; then
+    lane 0 net=130 &
+    lane 1 ll1=90 py1=40 &
+    lane 2 ht1=130 &
+    lane 3 llnet=75 memcheck=40 &
     wait
-    sections ll=70 ht=80
+elif [ "$gpus" -gt 1 ]; then
+    lane 0 net=130 llnet=70 memcheck=40 &
+    lane 1 ll1=80 ht1=110 py1=40 &
+    wait
 else
     sections ll1=100 net=150 llnet=100 ht1=80 py1=70
 fi
-sections benchll=70 benchht=60 python=145 benchnet=40
+[ "$gpus" = 1 ] || sections ll=60 ht=80
+for world in $worlds; do
+    sections benchll@$world=45 benchht@$world=35
+done
+sections benchnet=40 python=80
+for world in $worlds; do
+    sections cost@$world=30
+done
 [ "$gpus" -gt 1 ] || sections memcheck=70
-sections many=100 racecheck=100
+sections many=80 racecheck=60
 finish
 [ ! -e "$logs/failed" ]

@@ -11,7 +11,7 @@ section_end=0
 # row NAME VERDICT SECONDS TEXT: into the table, and said at once
 row() {
     local line
-    line=$(printf '%-8s %-20s %-13s %4s  %s' "$section" "$1" "$2" "$3" "${4:0:100}")
+    line=$(printf '%-9s %-20s %-13s %4s  %s' "$section" "$1" "$2" "$3" "${4:0:100}")
     printf '%s\n' "$line" >>"$out/table.txt"
     printf '%s\n' "${line:0:120}"
 }
