@@ -104,7 +104,7 @@ static epx_status_t choose_backend(epx_group_t *group, epx_backend_t wanted, int
         if (wanted == EPX_BACKEND_CPU)
             snprintf(group->backend_why, sizeof group->backend_why, "%s", by);
         else
-            snprintf(group->backend_why, sizeof group->backend_why, "no usable GPU: %.160s", why);
+            snprintf(group->backend_why, sizeof group->backend_why, "no usable GPU: %.480s", why);
         return epx__device_cpu.open(-1, &group->device);
     }
     group->exchange_ops = plugin->exchange_ops;

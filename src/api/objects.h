@@ -25,7 +25,7 @@ struct epx_group {
     uint64_t timeout_ms;
     char net[64];
     char net_asked[64]; /* by the configuration, else empty; also in one domain, for channels */
-    char backend_why[192], domain_why[512], threads_why[160], net_why[192];
+    char backend_why[512], domain_why[512], threads_why[512], net_why[512];
     struct epx__verdict *verdicts; /* [ranks] scratch of epx__group_agree */
     atomic_int references;         /* the caller's, and one a buffer */
 };

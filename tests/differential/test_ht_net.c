@@ -5,13 +5,13 @@
  *     differential_test_ht_net [network] [iterations]
  */
 #include "common/step.h"
+#include "common/nets.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "algo/ht/cpu/rail.h"
-#include "base/fail.h"
 
 typedef struct world {
     int domains, per_domain;
@@ -161,17 +161,6 @@ static void body(xt_rank_t *self)
     epx_buffer_destroy(buffer);
 }
 
-static bool here(const char *spec)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
-    bool there = epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here: %s\n", spec, epx__detail());
-    epx__net_close(net);
-    return there;
-}
-
 static void suite(const char *spec, uint32_t iterations, bool processes)
 {
     setenv("EPX_NET", spec, 1);
@@ -207,7 +196,7 @@ int main(int argc, char **argv)
         suite(spec, iterations, false);
     }
     /* Under TSan not: libfabric is not instrumented, and nine of its ranks on two cores outlast any deadline. */
-    if (!getenv("EPX_TEST_THREADS") && here("ofi:tcp"))
+    if (!getenv("EPX_TEST_THREADS") && test_net_here("ofi:tcp"))
         suite("ofi:tcp", iterations, true);
     return xt_done();
 }

@@ -6,15 +6,13 @@
  *     differential_test_ll_net [network] [iterations] [part of a world's name]
  */
 #include "common/ll_case.h"
+#include "common/nets.h"
 
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#include "base/fail.h"
-#include "net/net.h"
 
 typedef struct world {
     const char *name;
@@ -105,17 +103,6 @@ static void body(xt_rank_t *self)
         forget_shm();
 }
 
-static bool here(const char *spec)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
-    bool there = epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here: %s\n", spec, epx__detail());
-    epx__net_close(net);
-    return there;
-}
-
 static void suite(const char *spec, uint32_t iterations, bool processes, const char *part)
 {
     const char *most = getenv("EPX_TEST_RANKS_MAX"); /* processes */
@@ -160,11 +147,11 @@ int main(int argc, char **argv)
         suite(spec, iterations, false, part);
     }
     /* Under TSan not: libfabric is not instrumented, and nine of its ranks on two cores outlast any deadline. */
-    if (!getenv("EPX_TEST_THREADS") && here("ofi:tcp")) {
+    if (!getenv("EPX_TEST_THREADS") && test_net_here("ofi:tcp")) {
         suite("ofi:tcp", iterations, true, part);
         suite("ofi:tcp", iterations, false, "two");
     }
-    if (!getenv("EPX_TEST_THREADS") && here("ofi:shm"))
+    if (!getenv("EPX_TEST_THREADS") && test_net_here("ofi:shm"))
         suite("ofi:shm", iterations, true, part[0] ? part : "two"); /* the larger worlds on request: memory */
     return xt_done();
 }

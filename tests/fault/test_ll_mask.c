@@ -6,13 +6,12 @@
  */
 #include "common/slowness.h"
 #include "common/world.h"
+#include "common/nets.h"
 
 #include <epx/ll.h>
 
 #include "api/objects.h"
 #include "base/clock.h"
-#include "base/fail.h"
-#include "net/net.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -240,18 +239,12 @@ static void body_killed(xt_rank_t *self)
 /* The network must be there; under TSan libfabric is left out: it is not instrumented. */
 static bool here(const char *spec, bool processes)
 {
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
     if (!spec)
         return true;
     bool ofi = strncmp(spec, "ofi", 3) == 0;
     if (ofi != processes || (ofi && getenv("EPX_TEST_THREADS")))
         return false; /* loop and sim are of one process */
-    bool there = epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here: %s\n", spec, epx__detail());
-    epx__net_close(net);
-    return there;
+    return test_net_here(spec);
 }
 
 /* All ranks in one domain; and all apart, over each network. */

@@ -10,6 +10,7 @@
 #include "common/slowness.h"
 #include "common/stopped.h"
 #include "common/world.h"
+#include "common/nets.h"
 
 #include <epx/ll.h>
 
@@ -18,8 +19,6 @@
 #include "api/objects.h"
 #include "base/alloc.h"
 #include "base/clock.h"
-#include "base/fail.h"
-#include "net/net.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -539,13 +538,7 @@ static void body_mismatch(xt_rank_t *self)
 
 static bool here(const char *spec)
 {
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
-    bool there = !getenv("EPX_TEST_THREADS") && epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here\n", spec);
-    epx__net_close(net);
-    return there;
+    return !getenv("EPX_TEST_THREADS") && test_net_here(spec);
 }
 
 static void run(const char *name, const char *net, int ranks, int per_domain, void (*body)(xt_rank_t *),

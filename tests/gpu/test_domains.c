@@ -15,10 +15,9 @@
 
 #include <time.h>
 
-#include "base/fail.h"
 #include "common/slowness.h"
 #include "common/step.h"
-#include "net/net.h"
+#include "common/nets.h"
 
 #define DEADLINE_MS 2000u
 
@@ -181,17 +180,6 @@ static void away(xt_rank_t *self)
 
 /* ---- running ---- */
 
-static bool here(const char *spec)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
-    bool there = epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here: %s\n", spec, epx__detail());
-    epx__net_close(net);
-    return there;
-}
-
 static void run(const char *spec, const world_t *w, uint32_t iterations, const char *part, void (*what)(xt_rank_t *))
 {
     char name[64];
@@ -228,7 +216,7 @@ int main(int argc, char **argv)
     suite("loop", iterations, part);
     suite("sim:1", iterations, part);
     suite("sim:2", iterations, part);
-    if (here("ofi:tcp"))
+    if (test_net_here("ofi:tcp"))
         suite("ofi:tcp", iterations, part);
     return xt_done();
 }

@@ -84,7 +84,7 @@ int main(int argc, char **argv)
     run("loop", iterations, rounds, part);
     run("sim:1", iterations, rounds, part);
     run("sim:2", iterations, 0, part);
-    if (here("ofi:tcp"))
+    if (test_net_here("ofi:tcp"))
         run("ofi:tcp", iterations, rounds, part);
     return xt_done();
 }

@@ -6,13 +6,11 @@
  *     stress_test_ht_net_stress [part of a run's name] [factor in percent]
  */
 #include "common/step.h"
+#include "common/nets.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "base/fail.h"
-#include "net/net.h"
 
 typedef struct stress {
     const char *name, *net;
@@ -80,24 +78,13 @@ static void body(xt_rank_t *self)
     epx_buffer_destroy(buffer);
 }
 
-static bool here(const char *spec)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
-    bool there = epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here: %s\n", spec, epx__detail());
-    epx__net_close(net);
-    return there;
-}
-
 int main(int argc, char **argv)
 {
     const char *part = argc > 1 ? argv[1] : "";
     uint32_t percent = argc > 2 ? (uint32_t)atoi(argv[2]) : 100;
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
         const stress_t *s = &runs[i];
-        if (!strstr(s->name, part) || !here(s->net))
+        if (!strstr(s->name, part) || !test_net_here(s->net))
             continue;
         setenv("EPX_NET", s->net, 1);
         context_t x = {.stress = s, .rounds = (s->rounds * percent + 99) / 100};

@@ -6,13 +6,11 @@
  *     stress_test_ll_stress [part of a run's name] [factor in percent] [seed]
  */
 #include "common/ll_case.h"
+#include "common/nets.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "base/fail.h"
-#include "net/net.h"
 
 typedef struct stress {
     const char *name;
@@ -123,17 +121,9 @@ static void body(xt_rank_t *self)
 /* The network must be there; under TSan libfabric is left out: it is not instrumented. */
 static bool here(const char *spec)
 {
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net = NULL;
     if (!spec)
         return true;
-    if (strncmp(spec, "ofi", 3) == 0 && getenv("EPX_TEST_THREADS"))
-        return false;
-    bool there = epx__net_open(spec, &config, &net) == EPX_OK;
-    if (!there)
-        printf("%s: not here: %s\n", spec, epx__detail());
-    epx__net_close(net);
-    return there;
+    return !(strncmp(spec, "ofi", 3) == 0 && getenv("EPX_TEST_THREADS")) && test_net_here(spec);
 }
 
 int main(int argc, char **argv)

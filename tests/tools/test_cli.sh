@@ -302,6 +302,18 @@ variables() {
     good "16 of 16 pairs work" check --backend cpu --ranks 4 --domains 2 --net ofi:tcp
 }
 
+# Why the CPU was chosen is said in full: as it is in the list of backends.
+whole_reason() {
+    "$EPX" info >"$DIR/out" 2>"$DIR/err"
+    why=$(sed -n 's/^  cuda  *not usable: //p' "$DIR/out")
+    [ -n "$why" ] || return 0 # a GPU is there
+    if grep -q '^  backend .*no usable GPU' "$DIR/out" && ! grep -qF "no usable GPU: $why" "$DIR/out"; then
+        note "epx info: the backend's reason is cut off"
+    else
+        PASSED=$((PASSED + 1))
+    fi
+}
+
 check() {
     variables
     good "59023360 bytes" info --plan --ranks 8 --tokens 128 --hidden 7168 --topk 8 --experts 256
@@ -314,6 +326,7 @@ check() {
         good "9 of 9 pairs work" check --backend cpu --ranks 3 --threads-as-ranks --domains 3 --net $net
     done
     good "EPX_TIMEOUT_MS" info --backend cpu
+    whole_reason
     good "epx " version
     good "epx " --version
     good "usage: epx" help

@@ -8,6 +8,7 @@
 
 #include "mem.h"
 #include "options.h"
+#include "place.h"
 #include "ranks.h"
 
 typedef enum bench_op {
@@ -63,9 +64,8 @@ void bench_work_fini(bench_work_t *work);
 
 /* What the ranks write for the report; memory shared by all. */
 typedef struct bench_result {
-    char backend[16], net[64], floor_name[BENCH_OPS][96];
-    char backend_why[200], domain_why[400], threads_why[200], net_why[200];
-    int domains, threads, device;
+    place_t place;
+    char floor_name[BENCH_OPS][96];
     bool has_floor[BENCH_OPS]; /* measured in turn with each operation */
     uint64_t wrong[BENCH_OPS];
     double times[]; /* [2 * BENCH_OPS: the operations, then their floors][iters][ranks] us */

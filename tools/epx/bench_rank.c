@@ -17,36 +17,7 @@ static int join(bench_rank_t *self)
         config.ranks_per_domain = (int)(options->ranks / options->domains);
     if (rank_join(self->rank, &config))
         return 1;
-    self->info.size = sizeof self->info;
-    epx_status_t status = epx_group_get_info(self->rank->group, &self->info);
-    if (status)
-        return rank_fail_epx(self->rank, "epx_group_get_info", status);
-    const char *why = "";
-    self->mem = mem_ops_for(self->info.backend, &why);
-    if (!self->mem)
-        return rank_fail(self->rank, "%s", why);
-    if (self->mem->open(self->info.device, &self->context))
-        return rank_fail(self->rank, "the device's memory: %s", self->mem->words());
-    self->stream = self->mem->stream(self->context);
-    return 0;
-}
-
-static void note_info(const bench_rank_t *self)
-{
-    bench_result_t *result = self->bench->result;
-    if (self->rank->rank)
-        return;
-    snprintf(result->backend, sizeof result->backend, "%s", self->info.backend == EPX_BACKEND_CUDA ? "cuda" : "cpu");
-    snprintf(result->net, sizeof result->net, "%s", self->info.net ? self->info.net : "none");
-#define NOTE(field) snprintf(result->field, sizeof result->field, "%s", self->info.field ? self->info.field : "")
-    NOTE(backend_why);
-    NOTE(domain_why);
-    NOTE(threads_why);
-    NOTE(net_why);
-#undef NOTE
-    result->domains = self->info.domains;
-    result->threads = self->info.threads;
-    result->device = self->info.device;
+    return place_enter(self->rank, &self->info, &self->mem, &self->context, &self->stream);
 }
 
 void *bench_get(bench_rank_t *self, size_t bytes)
@@ -66,7 +37,8 @@ static int run(bench_rank_t *self)
     rank_stage(self->rank, "joining", 0);
     if (join(self))
         return 1;
-    note_info(self);
+    if (!self->rank->rank)
+        place_note(&self->bench->result->place, &self->info);
     rank_stage(self->rank, "making the buffer", 0);
     self->host_bytes = HOST_BYTES > 4 * self->bench->row_bytes ? HOST_BYTES : 4 * self->bench->row_bytes;
     self->host = malloc(self->host_bytes);

@@ -95,18 +95,18 @@ static void print_head(const bench_t *bench)
     uint32_t version = epx_version();
     static const char *const dtypes[] = {"bf16", "fp16", "fp32", "fp8 + scales"};
     printf("# epx bench %u.%u.%u\n", version >> 16, version >> 8 & 255, version & 255);
-    printf("# backend  %s: %s\n", result->backend, result->backend_why);
+    printf("# backend  %s: %s\n", result->place.backend, result->place.backend_why);
     printf("# ranks    %ld %s, %d domain%s: %s\n", options->ranks, options->as_threads ? "threads" : "processes",
-           result->domains, result->domains == 1 ? "" : "s", result->domain_why);
-    printf("# threads  %d a rank: %s\n", result->threads, result->threads_why);
-    printf("# net      %s: %s\n", result->net, result->net_why);
+           result->place.domains, result->place.domains == 1 ? "" : "s", result->place.domain_why);
+    printf("# threads  %d a rank: %s\n", result->place.threads, result->place.threads_why);
+    printf("# net      %s: %s\n", result->place.net, result->place.net_why);
     printf("# work     %ld tokens a rank, hidden %ld %s, top-%ld of %ld experts, routing %s, seed %ld, %s\n",
            options->tokens, options->hidden,
            bench->ll && options->dtype == PATTERN_BYTES ? "bf16 sent as fp8 + scales" : dtypes[options->dtype],
            options->topk, options->experts, options->routing, options->seed,
            options->own_memory || bench->ll ? "the caller's memory" : "leases");
     if (bench->ll)
-        print_calls(options, strcmp(result->backend, "cpu") == 0);
+        print_calls(options, strcmp(result->place.backend, "cpu") == 0);
     printf("# timing   median and p99 of %ld iterations after %ld, each by its slowest rank\n", options->iters,
            options->warmup);
     for (int op = 0; op < BENCH_OPS; op++)
@@ -115,7 +115,7 @@ static void print_head(const bench_t *bench)
                    bench->ll             ? "moved"
                    : op == BENCH_COMBINE ? "added"
                                          : "copied",
-                   result->domains > 1 ? " and a raw stream of them" : "", result->floor_name[op]);
+                   result->place.domains > 1 ? " and a raw stream of them" : "", result->floor_name[op]);
     printf("#\n# %-15s %10s %10s %10s %10s %9s %9s %10s %6s %7s\n", "op", "rows/rank", "MB/rank", "time us", "p99 us",
            "logical", "wire", "floor us", "eff", "wrong");
     printf("# %-15s %10s %10s %10s %10s %9s %9s\n", "", "", "logical", "", "", "GB/s", "GB/s");
@@ -155,8 +155,9 @@ static void write_json(FILE *out, const bench_t *bench, bench_op_t op, const lin
     fprintf(out,
             "{\"op\": \"%s\", \"backend\": \"%s\", \"ranks\": %ld, \"domains\": %d, \"net\": \"%s\", \"tokens\": %ld, "
             "\"hidden\": %ld, \"topk\": %ld, \"experts\": %ld, \"dtype\": \"%s\", \"sms\": %ld, ",
-            bench_op_names[op], bench->result->backend, options->ranks, bench->result->domains, bench->result->net,
-            options->tokens, options->hidden, options->topk, options->experts, dtypes[options->dtype], options->sms);
+            bench_op_names[op], bench->result->place.backend, options->ranks, bench->result->place.domains,
+            bench->result->place.net, options->tokens, options->hidden, options->topk, options->experts,
+            dtypes[options->dtype], options->sms);
     fprintf(out,
             "\"time_us_median\": %s, \"time_us_p99\": %s, \"logical_gbps\": %s, \"wire_gbps\": %s, \"floor_us\": %s, "
             "\"efficiency\": %s, \"wrong\": %llu}",

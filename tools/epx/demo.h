@@ -6,6 +6,7 @@
 #define EPX_TOOL_DEMO_H
 
 #include "demo_layer.h"
+#include "place.h"
 #include "ranks.h"
 
 typedef enum demo_step {
@@ -29,9 +30,7 @@ typedef struct demo_options {
 
 /* Written by the ranks, read by the parent. */
 typedef struct demo_result {
-    char backend[16], net[64];
-    char backend_why[200], domain_why[400], threads_why[200], net_why[200];
-    int domains, ranks_per_domain, threads;
+    place_t place;
     int32_t domain_of[RANKS_MAX];
     uint32_t rows[RANKS_MAX];                 /* that each rank received */
     uint64_t wire_rows;                       /* of those, from other ranks */

@@ -26,7 +26,7 @@ static void add_shares(const check_t *check, uint16_t *const *share, int32_t hom
     float sum[LAYER_HIDDEN_MAX], partial[LAYER_HIDDEN_MAX];
     uint32_t hidden = demo->layer.hidden;
     memset(sum, 0, hidden * sizeof *sum);
-    for (int32_t domain = 0; domain < result->domains; domain++) {
+    for (int32_t domain = 0; domain < result->place.domains; domain++) {
         bool any = false;
         memset(partial, 0, hidden * sizeof *partial);
         for (long r = 0; r < demo->options.ranks; r++) {

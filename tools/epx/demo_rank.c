@@ -50,36 +50,15 @@ static int join(self_t *self)
         config.ranks_per_domain = (int)(options->ranks / options->domains);
     if (rank_join(self->rank, &config))
         return 1;
-    self->info.size = sizeof self->info;
-    epx_status_t status = epx_group_get_info(self->rank->group, &self->info);
-    if (status)
-        return rank_fail_epx(self->rank, "epx_group_get_info", status);
-    const char *why = "";
-    self->mem = mem_ops_for(self->info.backend, &why);
-    if (!self->mem)
-        return rank_fail(self->rank, "%s", why);
-    if (self->mem->open(self->info.device, &self->context))
-        return mem_failed(self, "the device's memory");
-    self->stream = self->mem->stream(self->context);
-    return 0;
+    return place_enter(self->rank, &self->info, &self->mem, &self->context, &self->stream);
 }
 
-static void note_info(const self_t *self)
+static void note_place(const self_t *self)
 {
     demo_result_t *result = self->demo->result;
     if (self->rank->rank)
         return;
-    snprintf(result->backend, sizeof result->backend, "%s", self->info.backend == EPX_BACKEND_CUDA ? "cuda" : "cpu");
-    snprintf(result->net, sizeof result->net, "%s", self->info.net ? self->info.net : "none");
-#define NOTE(field) snprintf(result->field, sizeof result->field, "%s", self->info.field ? self->info.field : "")
-    NOTE(backend_why);
-    NOTE(domain_why);
-    NOTE(threads_why);
-    NOTE(net_why);
-#undef NOTE
-    result->domains = self->info.domains;
-    result->ranks_per_domain = self->info.ranks_per_domain;
-    result->threads = self->info.threads;
+    place_note(&result->place, &self->info);
     memcpy(result->domain_of, self->info.domain_of, (size_t)self->rank->ranks * sizeof *result->domain_of);
 }
 
@@ -381,7 +360,7 @@ int demo_rank_body(rank_t *rank)
                    .row_bytes = demo->layer.hidden * sizeof(uint16_t)};
     int failed = join(&self);
     if (!failed) {
-        note_info(&self);
+        note_place(&self);
         failed = make_buffer(&self) || get_memory(&self) || run_layer(&self);
     }
     clean(&self);

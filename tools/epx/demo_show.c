@@ -72,12 +72,12 @@ void demo_show(const demo_t *demo)
     printf("a Mixture-of-Experts layer over %s: %zu tokens (bytes)\n", options->text, demo->tokens);
     printf("  model    hidden %u, %u experts of two layers (inner width %d), each token to its best %u\n",
            demo->layer.hidden, demo->layer.experts, LAYER_INNER, demo->layer.topk);
-    printf("  backend  %s: %s\n", result->backend, result->backend_why);
+    printf("  backend  %s: %s\n", result->place.backend, result->place.backend_why);
     printf("  ranks    %ld %s in %d domain%s of %d: %s\n", options->ranks,
-           options->as_threads ? "threads" : "processes", result->domains, result->domains == 1 ? "" : "s",
-           result->ranks_per_domain, result->domain_why);
-    printf("  threads  %d a rank: %s\n", result->threads, result->threads_why);
-    printf("  net      %s: %s\n", result->net, result->net_why);
+           options->as_threads ? "threads" : "processes", result->place.domains, result->place.domains == 1 ? "" : "s",
+           result->place.ranks_per_domain, result->place.domain_why);
+    printf("  threads  %d a rank: %s\n", result->place.threads, result->place.threads_why);
+    printf("  net      %s: %s\n", result->place.net, result->place.net_why);
     show_shares(demo);
     show_steps(demo);
 }
