@@ -51,9 +51,16 @@ EPX__DEVICE uint32_t rows_to_push(const ll_combine_t &p)
         return l.r.list_count[1];
     return l.r.list_count[0] + (p.recv ? 0 : l.tokens * l.topk);
 }
-EPX__DEVICE bool goes_home(const ll_combine_t &p, const ll_back_t &b)
+/* Do outputs go to rank r in this call? With mask_on_timeout who adds may mask it meanwhile: the first look holds for
+ * all blocks, or a row could come after the word that none will. */
+EPX__DEVICE bool sends_to(const ll_combine_t &p, const ll_head_t &h, int r)
 {
-    return b.row >= 0 && !p.l.masked[b.source] && ll_near(p.l, b.source);
+    uint32_t *masked = &p.l.masked[r];
+    return p.l.mask_on_timeout ? ll_decide(&p.l.r.home_to[r], h.n, *(volatile uint32_t *)masked == 0) != 0 : !*masked;
+}
+EPX__DEVICE bool goes_home(const ll_combine_t &p, const ll_head_t &h, const ll_back_t &b)
+{
+    return b.row >= 0 && ll_near(p.l, b.source) && sends_to(p, h, b.source);
 }
 
 static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
@@ -64,10 +71,7 @@ static __device__ void copier(const ll_combine_t &p, ll_head_t &h)
     while (i < count) {
         uint32_t next = i + gridDim.x;
         ll_back_t later = next < count ? row_to_push(p, next) : b;
-        bool home = goes_home(p, b);
-        if (l.mask_on_timeout) /* who adds may mask the rank meanwhile: one look for all lanes */
-            home = __shfl_sync(ALL_LANES, home, 0);
-        if (home) {
+        if (goes_home(p, h, b)) {
             char *to = home_row(l, h, b);
             if (p.pre_reduced)
                 push_sum(p, threadIdx.x / 32, h.copiers, b.row, to);
@@ -93,7 +97,7 @@ static __device__ void teller(const ll_combine_t &p, ll_head_t &h, uint32_t whic
         while (!__all_sync(ALL_LANES, lane >= h.copiers || atomicOr(&h.done[lane], 0u) >= row))
             ; /* the copiers of this block wait for nobody */
         __threadfence_block();
-        if (lane == 0 && goes_home(p, b))
+        if (lane == 0 && goes_home(p, h, b))
             st_release_sys_u64(
                 (uint64_t *)(l.c.peers[b.source] +
                              epx__ll_back_flag_at(&l.c.layout.ll, h.slot, (uint32_t)b.token, (uint32_t)b.place)),
@@ -246,7 +250,7 @@ static __device__ void tell_left_out(const ll_combine_t &p, const ll_head_t &h)
     const ll_common_t &l = p.l;
     for (int r = (int)(threadIdx.x % 32); r < l.c.ranks; r += 32) {
         bool unheard = l.mask_on_timeout && *(volatile uint32_t *)&l.r.decided[r] != ll_decision(h.n, 1);
-        if (ll_near(l, r) && (l.masked[r] || unheard))
+        if (ll_near(l, r) && (unheard || !sends_to(p, h, r)))
             st_release_sys_u64(&ll_words(l, l.c.peers[r], h.slot, l.c.rank)->left_out, h.n);
     }
     __syncwarp();

@@ -54,6 +54,7 @@ typedef struct ll_record {
     /* With mask_on_timeout: what all pieces of a row do alike (ll_decide). */
     uint64_t *rows_in;   /* [ranks * tokens_max] of dispatch: 1 it came, 0 it did not */
     uint64_t *shares_in; /* [tokens_max] of combine: bits of the token's choices whose outputs came */
+    uint64_t *home_to;   /* [ranks] of combine: 1 my outputs go to it, 0 it is left out */
     /* Between domains. The row at which outputs begin in `back`: [0] with a row a choice, [1] with a row a token. */
     uint32_t *first;       /* [2][ranks] each rank's in mine */
     uint32_t *first_there; /* [2][ranks] mine in each source's */

@@ -46,6 +46,7 @@ static void cut_device(ll_cuda_t *ll, ll_cutter_t *c)
         r->gone = ll_cut(c, ranks, 4);
         r->rows_in = ll_cut(c, rows, 8);
         r->shares_in = ll_cut(c, l->tokens_max, 8);
+        r->home_to = ll_cut(c, ranks, 8);
         r->first = ll_cut(c, 2 * ranks, 4);
         r->first_there = ll_cut(c, 2 * ranks, 4);
         if (x->config.ll_zero_copy)

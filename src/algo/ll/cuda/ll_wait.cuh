@@ -86,6 +86,9 @@ EPX__DEVICE void ll_follow(const uint64_t *flag, uint64_t n)
         ;
 }
 
+/* Nobody gives up itself, so a rank's own rows have so much longer than the deadline, and are an error then. */
+#define OWN_ROWS_NS 60000000000u
+
 /* `left_out`: a word that says that nothing will come, or NULL. `gone`: somebody else's decision, or NULL. */
 template <bool stamp>
 static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n, const uint64_t *word, uint64_t want,
@@ -114,11 +117,11 @@ static __device__ __noinline__ int ll_wait_slow(const ll_common_t &l, uint64_t n
             return LL_ABSENT;
         uint64_t waited = globaltimer_ns() - start;
         bool masked = l.mask_on_timeout && *(volatile uint32_t *)&l.masked[peer];
-        if (waited <= l.c.timeout_ns && !masked)
+        bool own = l.mask_on_timeout && peer == l.c.rank; /* other blocks of this kernel, which did not get to run */
+        uint64_t spare = own ? OWN_ROWS_NS : 0;
+        if ((waited <= spare || waited - spare <= l.c.timeout_ns) && !masked)
             continue;
-        if (l.mask_on_timeout && peer == l.c.rank) /* other blocks of this kernel, which did not get to run */
-            continue;
-        if (l.mask_on_timeout) {
+        if (l.mask_on_timeout && !own) {
             if (ll_is<stamp>(ld_acquire_sys_u64(word), want))
                 return LL_CAME;
             if (!gone) /* else the caller decides with others */
