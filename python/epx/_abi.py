@@ -5,10 +5,11 @@ structure here with the C compiler's.
 """
 import ctypes
 import os
+import re
 from ctypes import (CFUNCTYPE, POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_ubyte,
                     c_uint32, c_uint64, c_uint8, c_void_p)
 
-from .errors import BY_STATUS, Error, Unsupported
+from .errors import BY_STATUS, Busy, Error, InvalidArgument, Unsupported
 
 OK, E_INVALID, E_BUSY, E_DATA = 0, 1, 3, 13
 BACKEND_AUTO, BACKEND_CPU, BACKEND_CUDA = 0, 1, 2
@@ -233,6 +234,9 @@ def library():
     return _library
 
 
+_LIMIT = re.compile(r"\b(tokens|topk|experts|handles)_max\b")  # words name these; programs of deep_ep have no keyword for them
+
+
 def error_of(status):
     """The exception for `status`, with the calling thread's words."""
     lib = library()
@@ -240,6 +244,9 @@ def error_of(status):
     if not words:
         words = (lib.epx_status_text(status) or b"unknown failure").decode()
     kind = BY_STATUS.get(status, Error)
+    limit = _LIMIT.search(words)
+    if limit and kind in (InvalidArgument, Busy):
+        words += " (epx.Buffer's keyword, or EPX_%s in the environment)" % limit[0].upper()
     return kind(words)
 
 
