@@ -13,6 +13,8 @@
 #include <time.h>
 #include <unistd.h>
 
+enum { PATIENCE_MS = 30000 }; /* with what comes at once, unless the machine is busy */
+
 static long total_passed, total_failed;
 
 /* ---- memory ---- */
@@ -121,7 +123,7 @@ void xt_mark(xt_rank_t *self, int mark)
 
 bool xt_wait_mark(xt_rank_t *self, int mark, int count)
 {
-    for (uint64_t start = now_ms(); now_ms() - start < 10000; sleep_ns(200000)) {
+    for (uint64_t start = now_ms(); now_ms() - start < PATIENCE_MS; sleep_ns(200000)) {
         if (atomic_load(&self->world->mark[mark]) >= count)
             return true;
     }
@@ -149,7 +151,7 @@ epx_status_t xt_group(xt_rank_t *self, int index, const epx_group_config_t *conf
             return status;
     }
     for (uint64_t start = now_ms(); atomic_load(&w->id_ready[index]) == 0; sleep_ns(200000)) {
-        if (now_ms() - start > 10000)
+        if (now_ms() - start > PATIENCE_MS)
             return EPX_E_TIMEOUT;
     }
     if (atomic_load(&w->id_ready[index]) < 0)

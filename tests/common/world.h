@@ -94,7 +94,7 @@ uint64_t xt_mix(uint64_t a, uint64_t b, uint64_t c, uint64_t d);
 uint32_t xt_random(xt_rank_t *self, uint32_t below);
 void xt_delay(xt_rank_t *self);
 
-/* Marks: a rank says it has come somewhere; another waits for `count` of them (10 s at most; true when they came). */
+/* Marks: a rank says it has come somewhere; another waits for `count` of them (30 s at most; true when they came). */
 void xt_mark(xt_rank_t *self, int mark);
 bool xt_wait_mark(xt_rank_t *self, int mark, int count);
 

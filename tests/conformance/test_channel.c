@@ -18,7 +18,7 @@
 #include "base/fail.h"
 
 static const char *spec;
-static uint64_t timeout_ms = 10000;
+static uint64_t timeout_ms = 30000; /* of what comes at once, unless the machine is busy */
 
 static epx__channels_config_t plain(uint32_t channels, uint32_t window, uint32_t fifo)
 {
