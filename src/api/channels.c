@@ -35,6 +35,16 @@ static void on_death(void *context, int rank)
     epx__channels_lost(context, rank);
 }
 
+void epx__group_channels_destroy(epx_group_t *group, epx__channels_t *channels)
+{
+    int slot = -1;
+    if (channels && epx__bootstrap_on_death(group->bootstrap, on_death, channels, &slot) == EPX_OK) {
+        epx__channels_leave(channels);
+        epx__bootstrap_off_death(group->bootstrap, slot);
+    }
+    epx__channels_destroy(channels);
+}
+
 static epx_status_t make_window(own_t *own, const epx_channels_config_t *config, uint32_t channels)
 {
     int ranks = own->group->ranks;
@@ -186,7 +196,7 @@ static epx_status_t build(own_t *own, const epx_channels_config_t *given, epx_ch
     if (status != EPX_OK) {
         if (own->death_slot >= 0)
             epx__bootstrap_off_death(group->bootstrap, own->death_slot);
-        epx__channels_destroy(channels);
+        epx__group_channels_destroy(group, channels);
         return status;
     }
     channels->api = own;
@@ -234,6 +244,6 @@ void epx_channels_destroy(epx_channels_t *channels)
     if (!epx__bootstrap_ours(own->group->bootstrap))
         return; /* a forked child: they are its parent's, whose sockets it shares */
     epx__bootstrap_off_death(own->group->bootstrap, own->death_slot);
-    epx__channels_destroy(channels);
+    epx__group_channels_destroy(own->group, channels);
     own_free(own);
 }

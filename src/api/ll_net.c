@@ -136,7 +136,7 @@ void epx__buffer_ll_net_close(epx_buffer_t *buffer)
     buffer->x.ll_net = NULL;
     if (net->pinned_too)
         device->ops->host_unpin(device, net->channels->block);
-    epx__channels_destroy(net->channels);
+    epx__group_channels_destroy(buffer->group, net->channels);
     if (net->pinned)
         device->ops->host_unpin(device, net->staging);
     if (net->tickets)

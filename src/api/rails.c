@@ -245,7 +245,7 @@ void epx__buffer_rails_close(epx_buffer_t *buffer)
     own_t *own = rails->api;
     if (own->block_pinned)
         group->device->ops->host_unpin(group->device, rails->channels->block);
-    epx__channels_destroy(rails->channels);
+    epx__group_channels_destroy(group, rails->channels);
     group->device->ops->words_free(group->device, own->tickets);
     for (int i = 0; rails->member && own->exports && own->pinned && i < group->topology.per_domain; i++) {
         int rank = epx__topology_rank(&group->topology, rails->domain, i);

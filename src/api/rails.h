@@ -22,6 +22,8 @@ struct epx__channels_config;
 struct epx_channels;
 epx_status_t epx__buffer_channels_create(epx_buffer_t *buffer, struct epx__channels_config *config,
                                          struct epx_channels **channels);
+/* Ranks of the group that die while these channels leave are not waited for. NULL channels are fine. */
+void epx__group_channels_destroy(epx_group_t *group, struct epx_channels *channels);
 
 /* The part of low latency that crosses domains (ll_net.c); fills x.ll_net, NULL when there is none. Collective. */
 epx_status_t epx__buffer_ll_net_open(epx_buffer_t *buffer);

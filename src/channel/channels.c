@@ -363,10 +363,11 @@ static bool part_all(epx__channels_t *self)
     return parted;
 }
 
-void epx__channels_destroy(epx__channels_t *self)
+void epx__channels_leave(epx__channels_t *self)
 {
-    if (!self)
+    if (!self || self->left)
         return;
+    self->left = true;
     uint64_t limit = self->config.timeout_ms < DRAIN_MS ? self->config.timeout_ms : DRAIN_MS;
     epx__deadline_t deadline = epx__deadline_ms(limit);
     epx__channels_help_begin(self);
@@ -375,5 +376,12 @@ void epx__channels_destroy(epx__channels_t *self)
     for (uint32_t p = 0; p < self->proxies; p++)
         judge(&self->proxy[p]);
     epx__channels_help_end(self);
+}
+
+void epx__channels_destroy(epx__channels_t *self)
+{
+    if (!self)
+        return;
+    epx__channels_leave(self);
     channels_free(self);
 }

@@ -152,6 +152,7 @@ struct epx_channels {
     atomic_ullong net_bytes, net_puts, credits;
     size_t put_bytes_max;
     bool any_sources; /* asked for, and the network can */
+    bool left;
     char why[320];
     /* src/api's: the memory channels' table, and what it must undo. */
     epx_memory_channel_t *mapped; /* [ranks * channels] or NULL */
@@ -166,7 +167,10 @@ static inline uint64_t *epx__block_word(const epx__channels_t *self, size_t part
 
 /* channels.c: collective. */
 epx_status_t epx__channels_create(const epx__channels_config_t *config, epx__channels_t **channels);
-void epx__channels_destroy(epx__channels_t *channels); /* local, bounded by the timeout; NULL is fine */
+/* Local, bounded by the timeout; NULL is fine. Leaving is the part of destroy that waits: for those that may yet be
+ * lost (epx__channels_lost) meanwhile. Nothing is pushed after it. */
+void epx__channels_leave(epx__channels_t *channels);
+void epx__channels_destroy(epx__channels_t *channels);
 
 /* block.c: sizes and their limits, in words. */
 epx_status_t epx__channels_sizes(epx__channels_t *self);
