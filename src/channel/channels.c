@@ -348,7 +348,7 @@ static void judge(epx__proxy_t *proxy)
     bool unclean = !part(proxy);
     pthread_mutex_lock(&proxy->lock); /* its thread still steps it */
     for (uint32_t i = 0; i < proxy->lane_count; i++)
-        unclean |= proxy->lanes[i].dead && !proxy->lanes[i].in_order;
+        unclean |= proxy->lanes[i].lost;
     if (!proxy->halted)
         proxy->net->unclean = unclean;
     pthread_mutex_unlock(&proxy->lock);

@@ -98,14 +98,14 @@ typedef struct epx__lane {
     uint64_t next;    /* in: next to apply */
     uint32_t owed;    /* in: applied and not yet told */
     bool listed;      /* in the proxy's list of lanes that owe */
-    bool dead;        /* the peer is lost, or has left, or has been told that we leave: requests are dropped */
-    bool in_order;    /* dead, but by a bye of either side */
+    bool dead;        /* peer lost, or has left, or told that we leave; or a request was refused: they are dropped */
     uint8_t *arrived; /* in: [2 * window] kind + 1, 0 nothing */
     /* Out: ring of requests that have left the FIFO and that the network had no room for. */
     epx_port_request_t *waiting; /* [window] */
     uint32_t waiting_head, waiting_count;
     /* Of the first lane of its peer, for all: */
     bool said, heard;   /* our bye; the peer's */
+    bool lost;          /* without both byes: nothing is put to it, nothing waited for */
     uint32_t under_way; /* puts to it that the network has not let go of */
 } epx__lane_t;
 

@@ -85,7 +85,7 @@ static epx_status_t take_bye(epx__proxy_t *proxy, const epx__lane_t *lane)
         if (applied[c] > each->sent)
             return epx__fail(EPX_E_NET, "rank %u leaves and says that %llu requests of channel %u are applied of %llu",
                              lane->rank, (unsigned long long)applied[c], c, (unsigned long long)each->sent);
-        if (applied[c] > told && !each->dead)
+        if (applied[c] > told)
             grow(acked, applied[c] - told);
     }
     epx__lane_t *first = epx__proxy_first(proxy, lane->rank);
@@ -101,7 +101,7 @@ static epx_status_t take_credit(epx__proxy_t *proxy, epx__lane_t *lane, uint32_t
     uint64_t told = __atomic_load_n(acked, __ATOMIC_RELAXED);
     if (n == 0)
         return take_bye(proxy, lane);
-    if (lane->dead) /* it has left: its bye said more */
+    if (epx__proxy_first(proxy, lane->rank)->heard) /* it has left: its bye said more */
         return EPX_OK;
     if (n > lane->sent - told)
         return epx__fail(EPX_E_NET, "rank %u says that %u more requests are applied, but only %llu are under way",
@@ -185,7 +185,8 @@ bool epx__lane_tell(epx__proxy_t *proxy, bool idle)
     for (uint32_t i = proxy->owing_count; i > 0; i--) {
         epx__lane_t *lane = &proxy->lanes[proxy->owing[proxy->owing_head]];
         epx_status_t status = EPX_OK;
-        if (lane->dead)
+        const epx__lane_t *first = epx__proxy_first(proxy, lane->rank);
+        if (first->said || first->heard || first->lost)
             lane->owed = 0;
         if (lane->owed >= least) {
             status = tell(proxy, lane, lane->owed);
@@ -211,7 +212,7 @@ bool epx__lane_tell(epx__proxy_t *proxy, bool idle)
 /* A peer that is lost, or that nobody wanted a channel to, is told nothing. */
 static bool is_told(const epx__proxy_t *proxy, const epx__lane_t *first)
 {
-    return first->arrived && first->number % proxy->owner->channels == 0 && (!first->dead || first->in_order);
+    return first->arrived && first->number % proxy->owner->channels == 0 && !first->lost;
 }
 
 /* All that was pushed to that peer is applied there, and the network has let go of it. */
@@ -234,10 +235,8 @@ static bool say_bye(epx__proxy_t *proxy, epx__lane_t *first)
         return false;
     proxy->answers -= first->heard;
     first->said = true;
-    for (uint32_t c = 0; c < proxy->owner->channels; c++) {
-        first[c].in_order |= !first[c].dead && status == EPX_OK; /* else it is lost, and no answer will come */
+    for (uint32_t c = 0; c < proxy->owner->channels; c++)
         first[c].dead = true;
-    }
     return true;
 }
 

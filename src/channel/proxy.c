@@ -56,12 +56,12 @@ epx__lane_t *epx__proxy_first(epx__proxy_t *proxy, uint32_t rank)
 static void lost(epx__proxy_t *proxy, uint32_t rank, const char *words)
 {
     epx__lane_t *first = epx__proxy_first(proxy, rank);
-    bool news = false, parted = first->said && first->heard;
+    bool news = false;
+    first->lost |= first->arrived && (!first->said || !first->heard);
     for (uint32_t i = 0; i < proxy->lane_count; i++)
         if (proxy->lanes[i].arrived && proxy->lanes[i].rank == rank) {
             news = news || !proxy->lanes[i].dead;
             proxy->lanes[i].dead = true;
-            proxy->lanes[i].in_order &= parted;
         }
     if (first->heard && !first->said) { /* it wants no answer any more */
         first->said = true;
@@ -76,10 +76,8 @@ void epx__channels_left(epx__proxy_t *proxy, uint32_t rank)
     epx__channels_t *self = proxy->owner;
     uint64_t none = 0;
     for (uint32_t i = 0; i < proxy->lane_count; i++)
-        if (proxy->lanes[i].arrived && proxy->lanes[i].rank == rank) {
-            proxy->lanes[i].in_order |= !proxy->lanes[i].dead;
+        if (proxy->lanes[i].arrived && proxy->lanes[i].rank == rank)
             proxy->lanes[i].dead = true;
-        }
     pthread_mutex_lock(&self->words_lock);
     if (self->fault_status == 0)
         snprintf(self->words, sizeof self->words, "port channels: rank %u has left", rank);
@@ -182,6 +180,7 @@ epx_status_t epx__proxy_put(epx__proxy_t *proxy, const epx__lane_t *lane, const 
         return EPX_E_BUSY;
     epx_status_t status = proxy->net->ops->put(proxy->net, put);
     first->under_way += status == EPX_OK;
+    first->lost |= status == EPX_E_PEER;
     return status;
 }
 

@@ -316,6 +316,41 @@ static void test_ranges(void)
     net_world_run(3, &config, 4096, range_body, NULL);
 }
 
+/* ---- a refused request is the sender's fault alone: the other direction goes on, and leaving waits for nobody ---- */
+
+static atomic_int refusal_known;
+
+static void one_sided_body(net_rank_t *self)
+{
+    enum { SIGNALS = 24, LEAVING_MS = 2000 };
+    const epx_port_channel_t *channel = net_port(self, 1 - self->rank, 0);
+    if (self->rank == 0) {
+        CHECK(epx_port_put(channel, 0, 4090, 0, 8) == EPX_OK, "pushed: only the proxy knows");
+        CHECK(epx_port_flush(channel) == EPX_E_INVALID, "its fault");
+        atomic_store(&refusal_known, 1);
+    } else {
+        while (!atomic_load(&refusal_known))
+            epx_host_wait_turn(2000);
+        for (int i = 0; i < SIGNALS; i++)
+            CHECK(epx_port_signal(channel) == EPX_OK, "%s: signal %d", spec, i);
+        epx_status_t flushed = epx_port_flush(channel);
+        CHECK(flushed == EPX_OK, "%s: flush: %s", spec, epx_status_name(flushed));
+    }
+    pthread_barrier_wait(&self->world->barrier);
+    uint64_t start = epx__now_ns();
+    epx__channels_destroy(self->channels);
+    self->channels = NULL;
+    double ms = (double)(epx__now_ns() - start) / 1e6;
+    CHECK(ms < well_before(LEAVING_MS, LEAVING_MS / 4.0), "%s: rank %d left after %.0f ms", spec, self->rank, ms);
+}
+
+static void test_one_sided(void)
+{
+    epx__channels_config_t config = plain(1, 16, 32);
+    atomic_store(&refusal_known, 0);
+    net_world_run(2, &config, 4096, one_sided_body, NULL);
+}
+
 /* ---- a peer that leaves: what it has done stays done, however its last messages overtake each other ---- */
 
 static void leave_body(net_rank_t *self)
@@ -546,6 +581,7 @@ static void suite(uint32_t rows, int full)
     test_barrier(2, 1);
     test_barrier(4, 3);
     test_ranges();
+    test_one_sided();
     test_refused();
     test_signals();
     test_death();
