@@ -13,6 +13,8 @@ run() {
 }
 run "$out/tests/emulate_domains" loop $((percent * 2))
 EPX_EMULATE_SEED=2 run "$out/tests/emulate_domains" sim:1 "$percent"
+EPX_EMULATE_NAPS=60 run "$out/tests/emulate_domains" sim:1 1 leaves
+EPX_EMULATE_NAPS=60 run "$out/tests/emulate_domains" loop 1 leaves
 [ -e "$out/lib/libepx_ofi.so" ] && run "$out/tests/emulate_domains" ofi:tcp "$percent"
 EPX_EMULATE_SMS=132 run "$out/tests/emulate_domains" loop "$percent" "2 domains of 8"
 export EPX_EMULATE_SHARED=80000 # combine inside a domain takes no less

@@ -178,14 +178,37 @@ static void away(xt_rank_t *self)
     epx_buffer_destroy(buffer);
 }
 
+/* ---- who is done first leaves, while others still wait for its last words ---- */
+
+static void leaves(xt_rank_t *self)
+{
+    enum { ROUNDS = 40 };
+    const context_t *x = self->context;
+    epx_buffer_config_t config = config_of(self, x->world);
+    self->delay_ns_max = 5000000;
+    self->delay_one_in = 2;
+    bool good = true;
+    for (uint32_t i = 0; good && i < ROUNDS; i++) {
+        epx_buffer_t *buffer = NULL;
+        uint8_t works[XT_RANKS_MAX];
+        good = XT_OK(self, epx_buffer_create(self->group, &config, &buffer));
+        xt_delay(self);
+        good = good && XT_OK(self, epx_buffer_check(buffer, works)) && XT_OK(self, epx_buffer_status(buffer));
+        epx_buffer_destroy(buffer);
+    }
+}
+
 /* ---- running ---- */
 
 static void run(const char *spec, const world_t *w, uint32_t iterations, const char *part, void (*what)(xt_rank_t *))
 {
     char name[64];
     context_t x = {.world = w, .iterations = iterations, .seed = 40 + (uint64_t)(w - worlds)};
-    snprintf(name, sizeof name, "%s%d domains of %d ranks, rows of %u, %s", what == away ? "away: " : "", w->domains,
-             w->per_domain, w->row_bytes, spec);
+    snprintf(name, sizeof name, "%s%d domains of %d ranks, rows of %u, %s",
+             what == away     ? "away: "
+             : what == leaves ? "leaves: "
+                              : "",
+             w->domains, w->per_domain, w->row_bytes, spec);
     xt_run_t r = {.name = name, .ranks = w->domains * w->per_domain, .seed = x.seed};
     if (!strstr(name, part) || (r.ranks > UNNAMED_RANKS_MAX && !part[0]))
         return;
@@ -203,6 +226,7 @@ static void suite(const char *spec, uint32_t iterations, const char *part)
     for (size_t i = 0; i < sizeof worlds / sizeof *worlds; i++)
         run(spec, &worlds[i], iterations, part, body);
     run(spec, &worlds[0], 1, part, away);
+    run(spec, &worlds[6], 1, part, leaves);
 }
 
 int main(int argc, char **argv)

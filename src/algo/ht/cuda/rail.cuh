@@ -70,15 +70,16 @@ EPX__DEVICE void rail_fail(const ht_common_t &c, uint64_t n, uint32_t status, ui
     ht_fail(c, n, f);
 }
 
-/* Has the rail left, or is it out of reach? Then it is waited for no more: false, and all is said. One thread. */
-EPX__DEVICE bool rail_there(const ht_common_t &c, uint64_t n, int d)
+/* Why the rail is waited for no more: it has left, or is out of reach; else 0. Its last words were told before. */
+EPX__DEVICE uint64_t rail_gone(const ht_common_t &c, int d)
 {
-    const epx_port_channel_t *channel = rail_channel(*c.rails, d, EPX__RAIL_MESSAGES);
-    uint64_t fault = ld_acquire_sys_u64(channel->fault);
-    if (fault == 0)
-        return true;
-    rail_fail(c, n, EPX_E_PEER, HT_STAGE_GONE, channel->peer, 0, fault, 0);
-    return false;
+    return ld_acquire_sys_u64(rail_channel(*c.rails, d, EPX__RAIL_MESSAGES)->fault);
+}
+/* One thread: something is missing that the rail never said. */
+EPX__DEVICE void rail_fail_gone(const ht_common_t &c, uint64_t n, int d, uint64_t fault)
+{
+    int peer = rail_channel(*c.rails, d, EPX__RAIL_MESSAGES)->peer;
+    rail_fail(c, n, EPX_E_PEER, HT_STAGE_GONE, peer, 0, fault, 0);
 }
 
 /* One thread, for a word about domain d: until *word >= want. False: stop. With the own domain nobody asks whether a
@@ -102,10 +103,12 @@ static __device__ __noinline__ bool rail_wait(const ht_common_t &c, uint64_t n, 
             rail_fail(c, n, EPX_E_TIMEOUT, stage, peer, want, seen, now - start);
             return false;
         }
-        /* It may have said its last words and left: look at them once more. */
-        if ((polls & 63) == 0 && d != c.rails->home && ld_acquire_sys_u64(word) < want && !rail_there(c, n, d) &&
-            ld_acquire_sys_u64(word) < want)
+        uint64_t gone = (polls & 63) == 0 && d != c.rails->home ? rail_gone(c, d) : 0;
+        if (gone &&
+            ld_acquire_sys_u64(word) < want) { /* after that look, for it may have said its last words and left */
+            rail_fail_gone(c, n, d, gone);
             return false;
+        }
     }
 }
 
@@ -120,11 +123,12 @@ typedef struct rail_idle {
  * said. */
 EPX__DEVICE bool rail_stays(const ht_common_t &c, uint64_t n, rail_idle_t *idle, int d)
 {
-    if (ld_acquire_sys_u64(rail_channel(*c.rails, d, EPX__RAIL_MESSAGES)->fault) == 0)
-        return true;
-    if (idle->gone)
-        return rail_there(c, n, d);
-    idle->gone = 1; /* its last words may have come since the round's look: one more round */
+    uint64_t gone = rail_gone(c, d);
+    if (gone && idle->gone) {
+        rail_fail_gone(c, n, d, gone);
+        return false;
+    }
+    idle->gone = gone != 0; /* its last words may have come since the round's look: one more round */
     return true;
 }
 
