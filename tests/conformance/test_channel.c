@@ -412,6 +412,7 @@ static void unread_body(net_rank_t *self)
     CHECK(epx_port_signal(channel) == EPX_OK, "%s: a second signal", spec);
     while (!atomic_load(&gone))
         epx_host_wait_turn(2000);
+    deadline = epx__deadline_ms(timeout_ms); /* leaving took what it may: nobody answered */
     while (*channel->fault == 0 && !epx__deadline_passed(&deadline))
         epx__channels_help(self->channels); /* puts the signal, then reads the bye */
     CHECK(*channel->fault == EPX_E_PEER, "%s: %d: %s", spec, (int)*channel->fault, self->channels->words);
