@@ -1,5 +1,6 @@
 /* A forked child that destroys what is its parent's (as an exit handler may) does not touch its parent's exchange. */
 #include "common/check.h"
+#include "common/nets.h"
 #include "common/world.h"
 
 #include <epx/channel.h>
@@ -8,8 +9,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include "net/net.h"
 
 static void child(xt_rank_t *self, epx_buffer_t *buffer, epx_channels_t *channels)
 {
@@ -46,20 +45,9 @@ static void body(xt_rank_t *self)
     free(memory.base);
 }
 
-/* Is libfabric in this build? */
-static bool ofi_is_here(void)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net;
-    if (epx__net_open("ofi", &config, &net) != EPX_OK)
-        return false;
-    epx__net_close(net);
-    return true;
-}
-
 int main(void)
 {
-    if (!ofi_is_here())
+    if (!test_net_here("ofi"))
         SKIP("no libfabric in this build");
     for (int per_domain = 1; per_domain <= 2; per_domain++) {
         xt_run_t run = {.name = "forked", .ranks = 2, .processes = true, .threads = 2, .limit_ms = 60000, .body = body};

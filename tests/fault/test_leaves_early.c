@@ -1,13 +1,12 @@
 /* A rank lets go of its channels while another is putting to it: the other is told, and nobody crashes. */
 #include "common/check.h"
+#include "common/nets.h"
 #include "common/world.h"
 
 #include <epx/channel.h>
 
 #include <stdlib.h>
 #include <unistd.h>
-
-#include "net/net.h"
 
 enum { RANKS = 2, DEADLINE_MS = 6000, CHANNELS = 4 };
 
@@ -34,20 +33,9 @@ static void body(xt_rank_t *self)
     free(memory.base);
 }
 
-/* Is libfabric in this build? */
-static bool ofi_is_here(void)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net;
-    if (epx__net_open("ofi", &config, &net) != EPX_OK)
-        return false;
-    epx__net_close(net);
-    return true;
-}
-
 int main(void)
 {
-    if (!ofi_is_here())
+    if (!test_net_here("ofi"))
         SKIP("no libfabric in this build");
     static size_t pieces[] = {4096, 1 << 20, 8 << 20}; /* of the last, more is under way than two seconds can bring */
     for (size_t i = 0; i < sizeof pieces / sizeof pieces[0]; i++) {

@@ -3,6 +3,7 @@
  * before or not, and however much has been pushed to it.
  */
 #include "common/check.h"
+#include "common/nets.h"
 #include "common/slowness.h"
 #include "common/stopped.h"
 #include "common/world.h"
@@ -16,7 +17,6 @@
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "net/net.h"
 
 enum { RANKS = 4, STOPPED = 2, DEADLINE_MS = 6000, AT_ONCE_MS = 1500, PIECE = 65536, CHANNELS = 4, WINDOW = 128 };
 /* The barrier's signals may hold some of the window: who stopped need not have told credit. */
@@ -103,20 +103,9 @@ static void run(const char *name, plan_t plan)
     xt_run(&run);
 }
 
-/* Is libfabric in this build? */
-static bool ofi_is_here(void)
-{
-    epx__net_config_t config = {.address = "127.0.0.1", .peers_max = 1, .puts_max = 16, .notices_max = 16};
-    epx__net_t *net;
-    if (epx__net_open("ofi", &config, &net) != EPX_OK)
-        return false;
-    epx__net_close(net);
-    return true;
-}
-
 int main(void)
 {
-    if (!ofi_is_here())
+    if (!test_net_here("ofi"))
         SKIP("no libfabric in this build");
     run("few, connected", (plan_t){true, 1, false});
     run("few, not connected", (plan_t){false, 1, false});
