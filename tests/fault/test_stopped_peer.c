@@ -28,8 +28,11 @@ typedef struct plan {
     bool leaves;     /* rank 0 goes while they stand still, and rank 1 is told */
 } plan_t;
 
+/* Once all are out of the barrier: who has come out has heard the others, but they need not have heard it. What its
+ * proxy has not sent yet, for want of a connection say, stops with it. */
 static void stand_still(xt_rank_t *self)
 {
+    XT_CHECK(self, xt_wait_mark(self, 2, self->ranks), "ranks do not come so far");
     atomic_store(&self->world->note[self->rank], getpid());
     xt_mark(self, 0);
     raise(SIGSTOP);
@@ -77,6 +80,7 @@ static void body(xt_rank_t *self)
         return;
     if (plan->connected)
         XT_OK(self, epx_channels_barrier(channels));
+    xt_mark(self, 2);
     if (self->rank >= STOPPED) {
         stand_still(self);
     } else {

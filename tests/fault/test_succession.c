@@ -212,7 +212,7 @@ enum { RANKS = 5, NEVER = 0, LEAVES, KILLED, STOPPED };
 typedef struct plan {
     const char *name;
     int fate[RANKS];   /* in the first act */
-    int second[RANKS]; /* 300 ms later */
+    int second[RANKS]; /* when all who are left have seen the first to its end */
     int wakes_ms;      /* the stopped go on after so long */
 } plan_t;
 
@@ -232,7 +232,7 @@ static const plan_t plans[] = {
 
 /* Shared by the processes of one play. */
 typedef struct stage {
-    atomic_int ready;
+    atomic_int ready, seen;          /* seen: by how many, the first act */
     _Atomic(uint64_t) curtain_ns[2]; /* when an act began: the last to meet a fate in it did so, if anybody does */
     epx_unique_id_t id;
 } stage_t;
@@ -308,6 +308,16 @@ static void open_curtain(stage_t *stage, int act, bool has_fate)
             return;
 }
 
+/* The first act is over for this rank: who dies now must not be missed by one who is still in it. */
+static bool interval(const plan_t *plan, stage_t *stage)
+{
+    int left = 0;
+    for (int r = 0; r < RANKS; r++)
+        left += survives(plan, 0, r);
+    atomic_fetch_add(&stage->seen, 1);
+    return wait_for(&stage->seen, left, 20);
+}
+
 static int actor(const plan_t *plan, stage_t *stage, int rank)
 {
     epx__bootstrap_t *b = NULL;
@@ -329,8 +339,8 @@ static int actor(const plan_t *plan, stage_t *stage, int rank)
         return 14;
     for (int act = 0; act < 2; act++) {
         int mine = fate(plan, act, rank);
-        if (act == 1)
-            epx__sleep_ns(300000000);
+        if (act == 1 && !interval(plan, stage))
+            return 15;
         open_curtain(stage, act, mine != NEVER);
         if (mine == KILLED)
             raise(SIGKILL);

@@ -42,7 +42,24 @@ def device_of(rank):
     return torch.device("cpu")
 
 
+_marks = None  # of this rank: a folder of the test's
+
+
+def all_here(group, timeout=30):
+    """Once in a test: all ranks have come here, and their streams. Who is out of it may die at once. Who is out of a
+    barrier of the buffer may not: others may be in it still, and fail with what they or a third one hear of the death."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    open(os.path.join(_marks, "here.%d" % group.rank()), "w").close()
+    end = time.monotonic() + timeout
+    while not all(os.path.exists(os.path.join(_marks, "here.%d" % rank)) for rank in range(group.size())):
+        assert time.monotonic() < end, "a rank did not come"
+        time.sleep(0.001)
+
+
 def _child(function, rank, ranks, store, pipe, environment, arguments):
+    global _marks
+    _marks = os.path.dirname(store)
     try:
         os.environ.update(environment)
         torch.set_num_threads(1)

@@ -436,7 +436,7 @@ def shrink(group, device):
     x, ids, weights = [t.to(device) for t in everybody[rank]]
     recv, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, M, experts, use_fp8=False)
     buffer.low_latency_combine(recv, ids, weights, handle)
-    buffer.barrier()
+    world.all_here(group)
     if rank == dead:
         os._exit(9)
     alive = [one if r != dead else (one[0][:0], one[1][:0], one[2][:0]) for r, one in enumerate(everybody)]
