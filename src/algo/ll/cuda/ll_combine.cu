@@ -149,9 +149,7 @@ static __device__ __noinline__ int agree_on_shares(const ll_combine_t &p, const 
     decided = __shfl_sync(ALL_LANES, decided, 0);
     if (!(decided >> lane & 1))
         return LL_ABSENT;
-    if (came != LL_CAME)
-        ll_follow(flag_of(p.l, h, t, place), h.n);
-    return LL_CAME;
+    return came == LL_CAME ? LL_CAME : ll_follow(p.l, h.n, flag_of(p.l, h, t, place), rank);
 }
 
 /* One warp: one piece of one token. Lane k has choice k: its rank, and by rank its place among the token's ranks. */
@@ -180,8 +178,11 @@ static __device__ bool add_piece(const ll_combine_t &p, const ll_head_t &h, uint
         came = share_of(p, h, rank, local >= 0 ? NULL : flag_of(l, h, t, place));
     if (__any_sync(ALL_LANES, came == LL_STOP))
         return false;
-    if (l.mask_on_timeout)
+    if (l.mask_on_timeout) {
         came = agree_on_shares(p, h, t, rank, place, came);
+        if (__any_sync(ALL_LANES, came == LL_STOP))
+            return false;
+    }
     const char *row = local >= 0 ? p.x + (size_t)local * bytes
                                  : l.c.window + epx__ll_back_at(&l.c.layout.ll, h.slot, t, place & 0xff);
     float weight = 1.0f;

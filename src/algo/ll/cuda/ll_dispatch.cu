@@ -194,8 +194,8 @@ static __device__ __noinline__ int agree_on_row(const ll_common_t &l, const ll_h
         return LL_STOP;
     if (ll_decide(&l.r.rows_in[source * l.c.layout.ll.tokens_max + t], h.n, came == LL_CAME) == 0)
         return LL_ABSENT;
-    ll_follow((const uint64_t *)(l.c.window + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, source, t)), h.n);
-    return LL_CAME;
+    const uint64_t *flag = (const uint64_t *)(l.c.window + epx__ll_row_flag_at(&l.c.layout.ll, h.slot, source, t));
+    return ll_follow(l, h.n, flag, (int)source);
 }
 
 /* One warp: one piece of one row, to all its places. */

@@ -79,11 +79,13 @@ EPX__DEVICE uint32_t ll_decide(uint64_t *word, uint64_t n, uint32_t what)
     return (uint32_t)seen;
 }
 
-/* It was decided that the row is in: somebody has seen its flag, so there is nothing to wait for but one's own look. */
-EPX__DEVICE void ll_follow(const uint64_t *flag, uint64_t n)
+/*
+ * It was decided that the row is in: somebody has seen its flag, so there is nothing to wait for but one's own look.
+ * With a deadline, though: a late output of an older call that was released too early may have put the flag back.
+ */
+EPX__DEVICE int ll_follow(const ll_common_t &l, uint64_t n, const uint64_t *flag, int peer)
 {
-    while (ld_acquire_sys_u64(flag) < n)
-        ;
+    return ht_wait(l.c, n, flag, n, peer, HT_STAGE_ARRIVAL) ? LL_CAME : LL_STOP;
 }
 
 /* Nobody gives up itself, so a rank's own rows have so much longer than the deadline, and are an error then. */
