@@ -16,6 +16,7 @@
 enum { PATIENCE_MS = 30000 }; /* with what comes at once, unless the machine is busy */
 
 static long total_passed, total_failed;
+static int cases_run, cases_left_out;
 
 /* ---- memory ---- */
 
@@ -40,7 +41,7 @@ static epx_stream_t cpu_stream(void)
 }
 
 static const xt_memory_t memory_cpu = {EPX_BACKEND_CPU, cpu_alloc,  free, cpu_put, cpu_put,
-                                       cpu_fill,        cpu_stream, NULL, false};
+                                       cpu_fill,        cpu_stream, NULL, NULL,    false};
 
 const xt_memory_t *xt_memory(void)
 {
@@ -285,8 +286,30 @@ static void run_processes(const xt_run_t *run, xt_world_t *world)
     }
 }
 
+typedef enum kinds { ALL, THREADS, PROCESSES } kinds_t;
+
+/* EPX_TEST_RUNS */
+static kinds_t kinds_wanted(void)
+{
+    const char *text = getenv("EPX_TEST_RUNS");
+    if (!text || !text[0])
+        return ALL;
+    if (strcmp(text, "threads") == 0)
+        return THREADS;
+    if (strcmp(text, "processes") == 0)
+        return PROCESSES;
+    fprintf(stderr, "EPX_TEST_RUNS is \"%s\": it can be threads or processes, or not be set\n", text);
+    exit(2);
+}
+
 long xt_run(const xt_run_t *run)
 {
+    kinds_t kinds = kinds_wanted();
+    if (kinds != ALL && (kinds == PROCESSES) != run->processes) {
+        cases_left_out++;
+        return 0;
+    }
+    cases_run++;
     xt_world_t *world = mmap(NULL, sizeof *world, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (world == MAP_FAILED || run->ranks > XT_RANKS_MAX) {
         fprintf(stderr, "%s: cannot run\n", run->name);
@@ -294,10 +317,11 @@ long xt_run(const xt_run_t *run)
         return 1;
     }
     uint64_t start = now_ms();
-    if (run->processes || xt_memory()->apart)
-        run_processes(run, world);
-    else
+    bool here = !run->processes && (kinds == THREADS || !xt_memory()->apart);
+    if (here)
         run_threads(run, world);
+    else
+        run_processes(run, world);
     long failed = atomic_load(&world->failed), passed = atomic_load(&world->passed);
     total_failed += failed;
     total_passed += passed;
@@ -307,11 +331,20 @@ long xt_run(const xt_run_t *run)
                (unsigned long long)(now_ms() - start));
     fflush(stdout);
     munmap(world, sizeof *world);
+    if (here && xt_memory()->leave)
+        xt_memory()->leave();
     return failed;
 }
 
 int xt_done(void)
 {
+    const char *others = kinds_wanted() == THREADS ? "processes" : "threads", *text = getenv("EPX_TEST_RUNS");
+    int all = cases_run + cases_left_out;
+    if (cases_left_out)
+        printf("%s: %d of %d cases, whose ranks are %s: EPX_TEST_RUNS is %s\n", cases_run ? "left out" : "skipped",
+               cases_left_out, all, others, text);
+    if (cases_left_out && !cases_run)
+        return 77;
     printf("%ld checks passed, %ld failed\n", total_passed, total_failed);
     return total_failed != 0 || total_passed == 0;
 }

@@ -34,8 +34,10 @@ typedef struct xt_memory {
     void (*fill)(void *device, int byte, size_t bytes);
     epx_stream_t (*stream)(void); /* of the calling thread */
     void (*enter)(int rank);      /* the calling thread becomes that rank (chooses its GPU); may be NULL */
-    bool apart; /* the parent must not touch the device before a fork: ranks that are threads get a process of their own
-                 */
+    void (*leave)(void); /* all ranks that were threads of this process have ended: what they left is given up; or NULL
+                          */
+    bool apart; /* the parent must not touch the device before a fork: ranks that are threads get a process of their
+                   own, unless EPX_TEST_RUNS says that none will be forked */
 } xt_memory_t;
 
 /* From EPX_TEST_BACKEND: cpu (default), or cuda through the weak symbol xt_memory_cuda that a GPU test links. */
@@ -71,9 +73,15 @@ typedef struct xt_run {
     void *context;
 } xt_run_t;
 
-/* Run it; returns the number of failed checks (a crash is one). Totals over all runs: xt_done. */
+/*
+ * Run it; returns the number of failed checks (a crash is one). Totals over all runs: xt_done.
+ *
+ * EPX_TEST_RUNS=threads runs only cases whose ranks are threads, all in the test's own process, one after another: on
+ * GPUs, where starting CUDA takes longer than most cases, it is then started once. Such a process has no limit_ms, and
+ * a crash ends it. EPX_TEST_RUNS=processes runs only the others. Who left out some says how many at the end.
+ */
 long xt_run(const xt_run_t *run);
-/* main's return value. */
+/* main's return value: 77, with the reason said, when EPX_TEST_RUNS left nothing to run. */
 int xt_done(void);
 
 /* Make a group from id number `index`: rank 0 makes the id. `config`: NULL, or what to add (rank, ranks, id, backend

@@ -19,16 +19,16 @@ static int ll_both(int argc, char **argv)
 {
     const char *given = getenv("EPX_LL_INBAND");
     char only = given ? given[0] : 0;
-    int failed = 0;
+    int status = 0;
     for (int inband = 0; inband < 2; inband++) {
         if (only && only != '0' + inband)
             continue;
         setenv("EPX_LL_INBAND", inband ? "1" : "0", 1);
         printf("---- %s\n", inband ? "in-band" : "with flags");
         fflush(stdout);
-        failed |= one_way(argc, argv);
+        status = one_way(argc, argv); /* xt_done's, which counts both ways */
     }
-    return failed;
+    return status;
 }
 
 #endif

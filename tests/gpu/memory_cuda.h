@@ -37,6 +37,7 @@ static struct {
 } gpu_memory[GPU_MAX];
 static __thread int gpu_mine = -1;
 static __thread cudaStream_t gpu_stream_mine;
+static cudaStream_t gpu_streams[XT_RANKS_MAX];
 
 static inline int gpu_count(void)
 {
@@ -51,6 +52,7 @@ static void gpu_enter(int rank)
     gpu_mine = rank % gpu_count();
     GPU_CHECK(cudaSetDevice(gpu_mine));
     GPU_CHECK(cudaStreamCreateWithFlags(&gpu_stream_mine, cudaStreamNonBlocking));
+    gpu_streams[rank] = gpu_stream_mine;
     pthread_mutex_lock(&gpu_lock);
     if (!gpu_memory[gpu_mine].base) {
         GPU_CHECK(cudaMalloc((void **)&gpu_memory[gpu_mine].base, GPU_ARENA_BYTES));
@@ -58,6 +60,26 @@ static void gpu_enter(int rank)
             exit(4);
     }
     pthread_mutex_unlock(&gpu_lock);
+}
+
+/* For the next ranks everything is as in a new process, but that the GPUs are started and the arenas there: tests leave
+ * memory behind, and streams beyond the hardware's queues would wait for each other. */
+static void gpu_leave(void)
+{
+    for (int gpu = 0; gpu < GPU_MAX; gpu++) {
+        if (!gpu_memory[gpu].base)
+            continue;
+        GPU_CHECK(cudaSetDevice(gpu));
+        GPU_CHECK(cudaDeviceSynchronize());
+        epx__arena_fini(&gpu_memory[gpu].arena);
+        if (epx__arena_init(&gpu_memory[gpu].arena, GPU_ARENA_BYTES, 256, 65536) != EPX_OK)
+            exit(4);
+    }
+    for (int rank = 0; rank < XT_RANKS_MAX; rank++) {
+        if (gpu_streams[rank])
+            GPU_CHECK(cudaStreamDestroy(gpu_streams[rank]));
+        gpu_streams[rank] = NULL;
+    }
 }
 
 static void *gpu_alloc(size_t bytes)
@@ -114,6 +136,7 @@ const xt_memory_t xt_memory_cuda = {
     .fill = gpu_fill,
     .stream = gpu_stream,
     .enter = gpu_enter,
+    .leave = gpu_leave,
     .apart = true,
 };
 

@@ -199,6 +199,12 @@ static void time_body(xt_rank_t *self)
         fflush(stdout);
     }
     epx_buffer_destroy(buffer);
+    xt_mark(self, 2); /* freeing waits for the whole device */
+    if (xt_wait_mark(self, 2, self->ranks)) {
+        GPU_CHECK(cudaFree(y));
+        GPU_CHECK(cudaFree(recv));
+        GPU_CHECK(cudaFree(scales));
+    }
 }
 
 static int one_way(int argc, char **argv)
