@@ -4,10 +4,11 @@
 #   tests/gpu/all.sh [-m MINUTES] [SECTION...]    9.5 minutes if not said; sections below, all of them if none is named
 #   tests/gpu/all.sh carry                        on a machine without a GPU: build here, into build-carry/ (build.sh)
 #
-# For one GPU or more. What one GPU can do runs on two or four of them side by side; then what wants all; figures are of 2
-# ranks, and of 4 where there are as many GPUs. A section that is early leaves its time to those after it. With more minutes
-# limits and iterations grow; with less, name sections. Kept, in $OUT or build-gpu/out, eight files at most: summary.txt,
-# table.txt, failures.txt, log-{main,gpu0 to gpu3}.txt, or build.txt for one of these. Exit code 1 if anything went wrong.
+# For one GPU or more. What one GPU or two can do runs on parts of them side by side; what wants all, and figures, alone;
+# figures are of 2 ranks, and of 4 where there are as many GPUs. A section that is early leaves its time to those after it.
+# With more minutes limits and iterations grow; with less, name sections. Kept, in $OUT or build-gpu/out, eight
+# files at most: summary.txt, table.txt, failures.txt, log-{main,gpu0 to gpu3}.txt, or build.txt for one of these. Exit code
+# 1 if anything went wrong. A step that has not half of its limit left is not begun: "no time", which is counted at the end.
 set -u
 source=$(cd "$(dirname "$0")/../.." && pwd)
 minutes=9.5
@@ -71,77 +72,104 @@ stop() {
 }
 trap stop TERM INT HUP
 
-# ---- one GPU ----
+# ---- tests: ranks as threads of one process, which starts CUDA once, or as processes ----
 
+threads() { # NAME SECONDS COMMAND...
+    EPX_TEST_RUNS=threads step "$@"
+}
+processes() { # NAME SECONDS COMMAND...
+    local name=$1
+    shift
+    EPX_TEST_RUNS=processes step "$name-processes" "$@"
+}
+both() { # NAME SECONDS_OF_THREADS SECONDS_OF_PROCESSES COMMAND...
+    local name=$1 first=$2 second=$3
+    shift 3
+    threads "$name" "$first" "$@"
+    processes "$name" "$second" "$@"
+}
 use_fabric() { # where the system has no libfabric
     [ -z "$fabric" ] || export LD_LIBRARY_PATH=$fabric${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
+
+# ---- one GPU: a process costs 2 s and more, so with EPX_TEST_THREADS most cases that want some run as threads ----
+
 section_net() { # domains, by the networks that there are
     export EPX_TIMEOUT_MS=10000
-    step domains-loop 45 "$tests/gpu_test_domains" loop "$(pct 10)"
-    step domains-sim 40 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
     use_fabric
-    [ -z "$ofi" ] || export EPX_NET=ofi:tcp
-    [ -z "$ofi" ] || step domains-tcp 60 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)"
-    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=1 step graph-tcp 40 "$tests/gpu_test_graph" "$(pct 60)"
-    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=2 EPX_TEST_RANKS_MAX=4 step suite-tcp 60 "$tests/gpu_test_differential" "" "$(pct 3)"
+    if [ -n "$ofi" ]; then
+        export EPX_NET=ofi:tcp
+        EPX_TEST_PER_DOMAIN=1 both graph-tcp 35 15 "$tests/gpu_test_graph" "$(pct 60)"
+        EPX_TEST_PER_DOMAIN=2 EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads suite-tcp 60 "$tests/gpu_test_differential" "" "$(pct 3)"
+        EPX_TEST_PER_DOMAIN=2 EPX_TEST_RANKS_MAX=4 processes suite-tcp 20 "$tests/gpu_test_differential" "four ranks" "$(pct 3)"
+        EPX_TEST_THREADS=1 threads domains-tcp 45 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)"
+        processes domains-tcp 45 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 1"
+    fi
+    threads domains-loop 40 "$tests/gpu_test_domains" loop "$(pct 10)"
+    threads domains-sim 35 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
 }
-section_llnet() { # low latency between domains: the smallest world first, then masks, graphs, long runs
+section_llnet() { # low latency between domains: graphs, masks, long runs, every world
     export EPX_TIMEOUT_MS=10000 EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4
-    step first 15 "$tests/gpu_test_ll_net" loop "$(pct 8)" "one slot"
-    step loop 35 "$tests/gpu_test_ll_net" loop "$(pct 4)" "" "$(pct 300)"
-    step sim 20 "$tests/gpu_test_ll_net" sim:1 "$(pct 4)" "two of"
-    EPX_NET=sim:2 EPX_TEST_PER_DOMAIN=1 step slots 25 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
-    EPX_NET=loop EPX_TEST_PER_DOMAIN=1 step graphs 25 "$tests/gpu_test_ll_graph" "$(pct 40)"
-    EPX_NET=loop EPX_TEST_PER_DOMAIN=1 step deadline 15 "$tests/gpu_test_ll_deadline"
     use_fabric
-    [ -z "$ofi" ] || step tcp 30 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 4)" "two of two"
-    [ -z "$ofi" ] || step tcp-long 30 "$tests/gpu_test_ll_net" ofi:tcp 1 "long: two of one" "$(pct 300)"
+    EPX_NET=loop EPX_TEST_PER_DOMAIN=1 threads graphs 30 "$tests/gpu_test_ll_graph" "$(pct 40)"
+    EPX_NET=loop EPX_TEST_PER_DOMAIN=1 threads deadline 25 "$tests/gpu_test_ll_deadline"
+    [ -z "$ofi" ] || processes tcp 25 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 4)" "two of two"
+    [ -z "$ofi" ] || processes tcp-long 25 "$tests/gpu_test_ll_net" ofi:tcp 1 "long: two of one" "$(pct 300)"
+    threads loop 45 "$tests/gpu_test_ll_net" loop "$(pct 8)" "" "$(pct 300)"
+    threads sim 35 "$tests/gpu_test_ll_net" sim:1 "$(pct 8)"
+    EPX_NET=sim:2 EPX_TEST_PER_DOMAIN=1 threads slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
 }
-section_ll1() { # low latency, ranks share a GPU; in-band first
+section_ll1() { # low latency, ranks share a GPU
     export EPX_TIMEOUT_MS=10000
-    EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
-    EPX_LL_INBAND=1 step inband 45 "$tests/gpu_test_ll" "" "$(pct 10)"
-    EPX_LL_INBAND=1 step inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
-    EPX_LL_INBAND=1 step inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 30)"
-    step deadline 15 "$tests/gpu_test_ll_deadline"
-    step whole 15 "$tests/gpu_test_ll_whole" "$(pct 100)"
-    EPX_LL_INBAND=0 step flags 25 "$tests/gpu_test_ll" "" "$(pct 20)"
-    EPX_LL_INBAND=0 step flags-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
+    threads deadline 35 "$tests/gpu_test_ll_deadline"
+    threads whole 30 "$tests/gpu_test_ll_whole" "$(pct 100)"
+    EPX_LL_INBAND=0 threads flags 25 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 processes flags 35 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=0 threads flags-slots 25 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
+    EPX_LL_INBAND=1 threads inband 30 "$tests/gpu_test_ll" "" "$(pct 30)"
+    EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 processes inband 35 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=1 threads inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
+    EPX_LL_INBAND=1 threads inband-graphs 30 "$tests/gpu_test_ll_graph" "$(pct 30)"
 }
 section_ht1() { # high throughput in one domain, ranks share a GPU
     export EPX_TIMEOUT_MS=10000
-    EPX_TEST_RANKS_MAX=4 step differential 110 "$tests/gpu_test_differential" "" "$(pct 1)"
-    step stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
-    step bounds 25 "$tests/gpu_test_bounds"
-    step order 20 "$tests/gpu_test_order"
-    step laps 15 "$tests/gpu_test_laps"
-    step graphs 25 "$tests/gpu_test_graph" "$(pct 60)"
+    both order 25 60 "$tests/gpu_test_order"
+    threads laps 20 "$tests/gpu_test_laps"
+    processes bounds 45 "$tests/gpu_test_bounds"
+    both graphs 30 15 "$tests/gpu_test_graph" "$(pct 60)"
+    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 60 "$tests/gpu_test_differential" "" "$(pct 3)"
+    EPX_TEST_RANKS_MAX=4 processes differential 45 "$tests/gpu_test_differential" "ranks" "$(pct 1)"
+    EPX_TEST_THREADS=1 threads stress 45 "$tests/gpu_test_stress" "" "$(pct 1)"
 }
 
-# ---- all GPUs ----
+# ---- all GPUs, or two of them ----
 
 section_ll() {
-    export EPX_TIMEOUT_MS=10000
-    EPX_LL_INBAND=1 step inband-first 15 "$tests/gpu_test_ll" "two ranks" "$(pct 30)"
-    EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 step inband 30 "$tests/gpu_test_ll" "" "$(pct 20)"
-    EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 step inband-slots 20 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
-    EPX_LL_INBAND=1 step inband-graphs 20 "$tests/gpu_test_ll_graph" "$(pct 40)"
-    EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 step flags 20 "$tests/gpu_test_ll" "" "$(pct 10)"
-    step deadline 15 "$tests/gpu_test_ll_deadline"
+    export EPX_TIMEOUT_MS=10000 EPX_TEST_RANKS_MAX=4
+    threads deadline 35 "$tests/gpu_test_ll_deadline"
+    EPX_LL_INBAND=0 both flags 20 20 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=1 both inband 20 20 "$tests/gpu_test_ll" "" "$(pct 30)"
+    EPX_LL_INBAND=1 threads inband-slots 25 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
+    EPX_LL_INBAND=1 threads inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 40)"
 }
 section_ht() {
     export EPX_TIMEOUT_MS=10000
-    step info 20 "$build/bin/epx" info
-    step fault 40 "$tests/gpu_test_fault"
-    step fabric 15 "$tests/gpu_test_fabric"
-    step graphs 20 "$tests/gpu_test_graph" "$(pct 60)"
-    step bounds 20 "$tests/gpu_test_bounds"
-    step order 15 "$tests/gpu_test_order"
-    step laps 15 "$tests/gpu_test_laps"
-    EPX_TEST_RANKS_MAX=4 step differential 40 "$tests/gpu_test_differential" "two" "$(pct 2)"
-    [ "$ranks" -lt 4 ] || EPX_TEST_RANKS_MAX=4 step four 40 "$tests/gpu_test_differential" "four" "$(pct 4)"
-    step stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
+    both order 20 35 "$tests/gpu_test_order"
+    threads laps 15 "$tests/gpu_test_laps"
+    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 50 "$tests/gpu_test_differential" "" "$(pct 4)"
+    EPX_TEST_RANKS_MAX=4 processes differential 25 "$tests/gpu_test_differential" "ranks" "$(pct 4)"
+    both graphs 20 10 "$tests/gpu_test_graph" "$(pct 60)"
+}
+section_rest() { # with the time that is left: most of it ran on one GPU or as threads before
+    export EPX_TIMEOUT_MS=10000
+    use_fabric
+    processes bounds 25 "$tests/gpu_test_bounds"
+    EPX_TEST_THREADS=1 threads stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
+    EPX_LL_INBAND=1 processes inband-eight 25 "$tests/gpu_test_ll" "eight processes" "$(pct 20)"
+    EPX_LL_INBAND=0 processes flags-eight 25 "$tests/gpu_test_ll" "eight processes" "$(pct 20)"
+    [ -z "$ofi" ] || processes domains-tcp 25 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "3 domains of"
+    processes stress 40 "$tests/gpu_test_stress" "" "$(pct 1)"
+    EPX_TEST_RANKS_MAX=4 processes differential 100 "$tests/gpu_test_differential" "" "$(pct 2)"
 }
 bench() { # NAME ARGUMENTS...
     local name=$1
@@ -161,9 +189,9 @@ section_benchht() {
 section_benchll() {
     local way
     export EPX_TIMEOUT_MS=10000
-    EPX_LL_INBAND=0 step flags-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
-    EPX_LL_INBAND=1 step inband-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
-    EPX_LL_INBAND=1 EPX_SMS=96 step inband-96-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=0 threads flags-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 threads inband-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
+    EPX_LL_INBAND=1 EPX_SMS=96 threads inband-96-time 15 "$tests/gpu_test_ll_graph" 0 "$ranks"
     for way in 0 1; do
         export EPX_LL_INBAND=$way
         bench graph-fp8-$way --op ll_dispatch,ll_combine,ll_pair --dtype fp8 --graph
@@ -179,24 +207,36 @@ section_benchnet() {
     bench tcp --ranks 2 --domains 2 --net ofi:tcp --iters 5 --op dispatch,dispatch_cached,combine
     bench tcp-2x2 --ranks 4 --domains 2 --net ofi:tcp --iters 5 --op dispatch_cached,combine
     bench tcp-2x2-threads --ranks 4 --domains 2 --net ofi:tcp --iters 5 --op dispatch_cached,combine --threads-as-ranks
+    # Sixteen processes start for 20 s.
+    EPX_TIMEOUT_MS=20000 step tcp-2x8 60 "$build/bin/epx" bench --backend cuda --ranks 16 --domains 2 --net ofi:tcp \
+        --iters 3 --warmup 1 --tokens 256 --op dispatch,dispatch_cached,combine
 }
-section_many() { # between domains, more ranks than two GPUs; as processes a GPU runs its ranks' kernels one by one
-    local ranks=16
-    export EPX_TIMEOUT_MS=20000
-    EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 step ll-loop 20 "$tests/gpu_test_ll_net" loop "$(pct 8)" "two of two"
-    step loop-2x2 15 "$tests/gpu_test_domains" loop "$(pct 6)" "2 domains of 2"
-    step loop-2x8 15 "$tests/gpu_test_domains" loop "$(pct 4)" "2 domains of 8"
-    step sim-2x8 15 "$tests/gpu_test_domains" sim:1 "$(pct 4)" "2 domains of 8"
+section_fault() { # which waits for deadlines most of its time
+    export EPX_TIMEOUT_MS=10000
+    both fault 60 30 "$tests/gpu_test_fault"
+    processes fabric 15 "$tests/gpu_test_fabric"
+}
+# Between domains, more ranks than GPUs; as processes a GPU runs its ranks' kernels one by one.
+section_llmany() {
+    export EPX_TIMEOUT_MS=20000 EPX_TEST_RANKS_MAX=4
+    EPX_LL_INBAND=0 threads loop 20 "$tests/gpu_test_ll_net" loop "$(pct 8)" "two of two"
     use_fabric
     [ -n "$ofi" ] || return
-    EPX_TEST_RANKS_MAX=4 step ll-tcp-2x2 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "two of two"
-    EPX_TEST_RANKS_MAX=4 step ll-tcp-4x1 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "four"
-    EPX_TEST_RANKS_MAX=4 step ll-tcp-masked 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "masked"
-    step tcp-4x1 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "4 domains of 1"
-    step tcp-2x2 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 2"
+    processes tcp-2x2 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "two of two"
+    processes tcp-4x1 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "four"
+    processes tcp-masked 20 "$tests/gpu_test_ll_net" ofi:tcp "$(pct 8)" "masked"
+}
+section_many() {
+    export EPX_TIMEOUT_MS=20000
+    threads loop-2x2 20 "$tests/gpu_test_domains" loop "$(pct 6)" "2 domains of 2"
+    threads loop-2x8 20 "$tests/gpu_test_domains" loop "$(pct 4)" "2 domains of 8"
+    threads sim-2x8 20 "$tests/gpu_test_domains" sim:1 "$(pct 4)" "2 domains of 8"
+    use_fabric
+    [ -n "$ofi" ] || return
+    processes tcp-4x1 30 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "4 domains of 1"
+    processes tcp-2x2 25 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 2"
     # Threads: as processes, of which a GPU serves one at a time, a half takes 50 to 80 ms; those are for the bench.
-    EPX_TEST_THREADS=1 step tcp-2x8-threads 15 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 8"
-    bench bench-2x8 --domains 2 --net ofi:tcp --iters 3 --warmup 1 --tokens 256 --op dispatch,dispatch_cached,combine
+    EPX_TEST_THREADS=1 threads tcp-2x8 20 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 8"
 }
 pytests() { # NAME SECONDS FILES TESTS...
     # Other plug-ins of pytest cost time, and may start CUDA before ranks are forked.
@@ -210,20 +250,21 @@ pytests() { # NAME SECONDS FILES TESTS...
     step "$name" "$seconds" python3 -m pytest -v -p no:cacheprovider --tb=short $limit $files "$@"
 }
 section_py1() {
-    pytests one-rank 70 test_gpu.py -k "1]"
+    pytests one-rank 80 test_gpu.py -k "1]"
 }
 section_python() {
     pytests two-ranks 60 test_gpu.py -k "2] or test_late or other_device"
     if [ "$ranks" = 4 ]; then
-        pytests programs 90 test_deep_ep.py -k "1] or 2] or 2-1] or 4] or 4-2]"
+        pytests programs 50 test_deep_ep.py -k "1] or 2] or 2-1] or 4] or 4-2]"
     else
-        pytests programs 60 test_deep_ep.py -k "1] or 2] or 2-1]"
+        pytests programs 40 test_deep_ep.py -k "1] or 2] or 2-1]"
     fi
 }
 section_cost() {
     # No torchrun: its ranks are sessions of their own, which a timeout does not end.
+    export EPX_LIBRARY=$build/lib/libepx.so
     export EPX_TIMEOUT_MS=10000 PYTHONPATH=$source/python MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 WORLD_SIZE=$ranks
-    step cost 60 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 --bench "$2" & p="${p:-} $!"; done
+    step cost 40 bash -c 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r python3 "$1" --iters 30 --bench "$2" & p="${p:-} $!"; done
         for r in $p; do wait $r || exit 1; done' - "$source/bench/python_cost.py" "$build/bin/epx"
 }
 # compute-sanitizer; ranks are processes, since it runs a process's kernels one after the other.
@@ -231,10 +272,10 @@ sanitize() { # TOOL
     local tool=$1 sanitizer="compute-sanitizer --target-processes all --error-exitcode 9 --tool $1"
     export EPX_TIMEOUT_MS=60000
     use_fabric
-    EPX_LL_INBAND=1 step ll-inband-$tool 40 $sanitizer "$tests/gpu_test_ll" "two processes" 4
-    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp step net-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
-    step bounds-$tool 40 $sanitizer "$tests/gpu_test_bounds" 2
-    EPX_LL_INBAND=0 step ll-flags-$tool 40 $sanitizer "$tests/gpu_test_ll" "two processes" 4
+    EPX_LL_INBAND=1 step ll-inband-$tool 30 $sanitizer "$tests/gpu_test_ll" "two processes" 4
+    [ -z "$ofi" ] || EPX_TEST_PER_DOMAIN=1 EPX_NET=ofi:tcp step net-$tool 30 $sanitizer "$tests/gpu_test_bounds" 2
+    step bounds-$tool 30 $sanitizer "$tests/gpu_test_bounds" 2
+    EPX_LL_INBAND=0 step ll-flags-$tool 30 $sanitizer "$tests/gpu_test_ll" "two processes" 4
 }
 section_memcheck() {
     sanitize memcheck
@@ -253,47 +294,60 @@ sections() {
             begin_section "$name" "${s#*=}" && "section_${name%@*}")
     done
 }
-lane() { # NUMBER SECTIONS...: on that GPU alone, beside the other lanes
-    export CUDA_VISIBLE_DEVICES=${visible[$1]}
-    lane=gpu$1
+lane() { # NUMBER[,NUMBER] SECTIONS...: on those GPUs alone, beside the other lanes
+    local second=${1#*,}
+    lane=gpu${1%,*}
+    export CUDA_VISIBLE_DEVICES=${visible[${1%,*}]}
+    [ "$second" = "$1" ] || CUDA_VISIBLE_DEVICES+=,${visible[$second]}
     shift
     sections "$@"
 }
 
 section=machine
 row gpus "$gpus" 0 "$(nproc) cores, $(nvcc --version 2>/dev/null | grep -o 'release [0-9.]*'), $(python3 -V 2>&1)"
-{ ls -l /dev/nvidia*; timeout 20 nvidia-smi; timeout 20 nvidia-smi topo -m; lscpu; ip -br addr; free -g; } >"$out/log-main.txt" 2>&1
+{ ls -l /dev/nvidia*; timeout 20 nvidia-smi; timeout 20 nvidia-smi topo -m; lscpu; hostname -I; cat /proc/net/dev; free -g; } >"$out/log-main.txt" 2>&1
 if [ "$gpus" = 0 ] || ! find_or_build 120; then
     touch "$logs/failed"
     finish
     exit 1
 fi
 tests=$build/tests
+[ -e "$logs/info.log" ] || timeout 20 "$build/bin/epx" info >"$logs/info.log" 2>&1
+cat "$logs/info.log" >>"$out/log-main.txt"
 ofi=""
 find_fabric && ofi=yes
 
 if [ "$gpus" -ge 4 ]; then
-    lane 0 net=130 &
-    lane 1 ll1=90 py1=40 &
-    lane 2 ht1=130 &
-    lane 3 llnet=75 memcheck=40 &
+    lane 0 net=140 &
+    lane 1 ll1=140 &
+    lane 2 ht1=140 &
+    lane 3 llnet=100 memcheck=60 &
     wait
 elif [ "$gpus" -gt 1 ]; then
-    lane 0 net=130 llnet=70 memcheck=40 &
-    lane 1 ll1=80 ht1=110 py1=40 &
+    lane 0 net=130 llnet=80 memcheck=40 &
+    lane 1 ll1=110 ht1=120 &
     wait
 else
-    sections ll1=100 net=150 llnet=100 ht1=80 py1=70
+    sections ll1=90 net=110 llnet=70 ht1=110 py1=80
 fi
-[ "$gpus" = 1 ] || sections ll=60 ht=80
+[ "$gpus" = 1 ] || sections ll=100 ht=110
 for world in $worlds; do
-    sections benchll@$world=45 benchht@$world=35
+    sections benchll@$world=60 benchht@$world=50
 done
-sections benchnet=40 python=80
+sections benchnet=100
 for world in $worlds; do
-    sections cost@$world=30
+    sections cost@$world=45
 done
-[ "$gpus" -gt 1 ] || sections memcheck=70
-sections many=80 racecheck=60
+sections python=100
+if [ "$gpus" -ge 4 ]; then
+    lane 0,1 racecheck=60 fault=75 llmany=50 &
+    lane 2,3 many=90 py1=90 &
+    wait
+elif [ "$gpus" -gt 1 ]; then
+    sections llmany=40 many=60 fault=60 racecheck=60 py1=60
+else
+    sections memcheck=70 llmany=40 many=60 racecheck=60
+fi
+sections rest=220
 finish
 [ ! -e "$logs/failed" ]

@@ -44,7 +44,8 @@ key_text() { # LOG
 say_failure() { # NAME VERDICT LOG
     local lines
     lines=$(grep -avE ' 0 wrong |^ *$|PASSED|^=+ COMPUTE-SANITIZER' "$3" | head -40 | cut -c1-400)
-    printf -- '---- %s/%s: %s\n%s\n' "$section" "$1" "$2" "$lines" >>"$out/failures.txt"
+    # The last line tells the last case that ended: one that crashed or hung says nothing.
+    printf -- '---- %s/%s: %s; last: %s\n%s\n' "$section" "$1" "$2" "$(key_text "$3" | cut -c1-200)" "$lines" >>"$out/failures.txt"
     head -5 <<<"$lines" | cut -c1-180 | sed 's/^/    /'
 }
 
@@ -53,11 +54,11 @@ step() {
     local name=$1 limit=$(($2 * scale / 100)) left=$((section_end - SECONDS)) start=$SECONDS log rc verdict
     log=$logs/$section-$name.log
     shift 2
-    [ "$limit" -le "$left" ] || limit=$left
-    if [ "$limit" -lt 3 ]; then
-        row "$name" "no time" 0 ""
+    if [ "$left" -lt 3 ] || [ $((left * 2)) -lt "$limit" ]; then # limits are twice what is expected, or more
+        row "$name" "no time" 0 "$((left > 0 ? left : 0)) s left"
         return
     fi
+    [ "$limit" -le "$left" ] || limit=$left
     if ! command -v "$1" >/dev/null; then
         touch "$logs/failed"
         row "$name" absent 0 "there is no ${1#"$source/"}"
