@@ -106,6 +106,9 @@ section_net() { # domains, by the networks that there are
         processes domains-tcp 45 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 1"
     fi
     threads domains-loop 40 "$tests/gpu_test_domains" loop "$(pct 10)"
+}
+section_sim() { # as net, over a network that delays and reorders
+    export EPX_TIMEOUT_MS=10000
     threads domains-sim 35 "$tests/gpu_test_domains" sim:1 "$(pct 6)"
 }
 section_llnet() { # low latency between domains: graphs, masks, long runs, every world
@@ -156,19 +159,19 @@ section_ht() {
     export EPX_TIMEOUT_MS=10000
     both order 20 35 "$tests/gpu_test_order"
     threads laps 15 "$tests/gpu_test_laps"
-    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 50 "$tests/gpu_test_differential" "" "$(pct 4)"
+    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 20 "$tests/gpu_test_differential" "ranks" "$(pct 4)"
     EPX_TEST_RANKS_MAX=4 processes differential 25 "$tests/gpu_test_differential" "ranks" "$(pct 4)"
     both graphs 20 10 "$tests/gpu_test_graph" "$(pct 60)"
 }
 section_rest() { # with the time that is left: most of it ran on one GPU or as threads before
     export EPX_TIMEOUT_MS=10000
     use_fabric
-    processes bounds 25 "$tests/gpu_test_bounds"
-    EPX_TEST_THREADS=1 threads stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
     EPX_LL_INBAND=1 processes inband-eight 25 "$tests/gpu_test_ll" "eight processes" "$(pct 20)"
     EPX_LL_INBAND=0 processes flags-eight 25 "$tests/gpu_test_ll" "eight processes" "$(pct 20)"
     [ -z "$ofi" ] || processes domains-tcp 25 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "3 domains of"
     processes stress 40 "$tests/gpu_test_stress" "" "$(pct 1)"
+    processes bounds 25 "$tests/gpu_test_bounds"
+    EPX_TEST_THREADS=1 threads stress 30 "$tests/gpu_test_stress" "" "$(pct 1)"
     EPX_TEST_RANKS_MAX=4 processes differential 100 "$tests/gpu_test_differential" "" "$(pct 2)"
 }
 bench() { # NAME ARGUMENTS...
@@ -319,16 +322,16 @@ find_fabric && ofi=yes
 
 if [ "$gpus" -ge 4 ]; then
     lane 0 net=140 &
-    lane 1 ll1=140 &
+    lane 1 ll1=120 sim=40 &
     lane 2 ht1=140 &
     lane 3 llnet=100 memcheck=60 &
     wait
 elif [ "$gpus" -gt 1 ]; then
     lane 0 net=130 llnet=80 memcheck=40 &
-    lane 1 ll1=110 ht1=120 &
+    lane 1 ll1=110 ht1=120 sim=35 &
     wait
 else
-    sections ll1=90 net=110 llnet=70 ht1=110 py1=80
+    sections ll1=90 net=110 sim=30 llnet=70 ht1=110 py1=80
 fi
 [ "$gpus" = 1 ] || sections ll=100 ht=110
 for world in $worlds; do
