@@ -162,7 +162,7 @@ EPX_API epx_status_t epx_group_get_info(const epx_group_t *group, epx_group_info
 typedef struct epx_buffer_config {
     size_t size;
     size_t lease_bytes;   /* window memory for leases; default EPX_LEASE_BYTES (512 MiB) */
-    size_t reserve_bytes; /* window memory for rounds, the library's own; default EPX_RESERVE_BYTES (32 MiB) */
+    size_t reserve_bytes; /* window memory for rounds, the library's own; default EPX_RESERVE_BYTES (32 MiB, CUDA 64) */
     uint32_t tokens_max;  /* tokens of one dispatch on one rank; default 8192 */
     uint32_t topk_max;    /* default 16, at most EPX_TOPK_MAX */
     uint32_t experts_max; /* default 1024 */

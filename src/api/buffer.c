@@ -13,11 +13,13 @@
 
 static epx_status_t fill_defaults(epx_buffer_config_t *c, const epx_group_t *group)
 {
-    uint64_t lease = c->lease_bytes, reserve = c->reserve_bytes, sms = 0;
+    uint64_t lease = c->lease_bytes, reserve = c->reserve_bytes, sms = 0, usual = 32u << 20;
+    if (group->device->ops->backend == EPX_BACKEND_CUDA)
+        usual = 64u << 20;
     if (!lease)
         EPX__TRY(epx__env_u64(EPX__ENV_LEASE_BYTES, 0, UINT64_MAX / 4, 0, &lease));
     if (!reserve)
-        EPX__TRY(epx__env_u64(EPX__ENV_RESERVE_BYTES, 0, UINT64_MAX / 4, 0, &reserve));
+        EPX__TRY(epx__env_u64(EPX__ENV_RESERVE_BYTES, 0, UINT64_MAX / 4, usual, &reserve));
     if (!c->sms)
         EPX__TRY(epx__env_u64(EPX__ENV_SMS, 1, 1024, 0, &sms));
     if (lease > SIZE_MAX / 4 || reserve > SIZE_MAX / 4)

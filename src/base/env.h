@@ -19,7 +19,7 @@
     X(RANKS_PER_DOMAIN, "", "split domains into pieces of that many ranks; default: as found")                         \
     X(TIMEOUT_MS, "30000", "deadline of every wait, in milliseconds")                                                  \
     X(LEASE_BYTES, "536870912", "window memory for leases, in bytes")                                                  \
-    X(RESERVE_BYTES, "33554432", "window memory for rounds, in bytes")                                                 \
+    X(RESERVE_BYTES, "", "window memory for rounds, in bytes; default: 33554432, twice that with CUDA")                \
     X(SPIN, "", "polls before a wait yields; default: 20000, 2000 between domains, 100 with fewer cores than ranks")   \
     X(STREAMING, "auto", "streaming stores for row copies: auto, 0, 1, or halves (half of each row by plain stores)")  \
     X(NET, "", "network between domains: ofi, ofi:PROVIDER, loop, sim[:SEED]; default: ofi")                           \

@@ -183,13 +183,6 @@ EPX__DEVICE void mbarrier_init(uint64_t *bar)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)) : "memory");
 #endif
 }
-/* Its memory may be used for something else. */
-EPX__DEVICE void mbarrier_inval(uint64_t *bar)
-{
-#if EPX__BULK
-    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
-#endif
-}
 EPX__DEVICE void mbarrier_fence_init(void)
 {
 #if EPX__BULK

@@ -100,17 +100,15 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 /* False: it adds nothing. */
 EPX__DEVICE bool push_block(const ht_combine_t &p, ht_block_t *b, char *shared)
 {
-    const ht_cut_t &cut = p.push_cut;
     uint32_t warp = threadIdx.x / 32, announcer = p.threads / 32 - 1;
     bool ok = true;
-    if (warp < cut.warps) {
-        ht_stages_t s = stages_init(cut, shared);
-        ok = flows_run<ht_combine_t, push_flow>(p, cut, s, b, warp * p.push_blocks + blockIdx.x,
-                                                p.push_blocks * cut.warps, (uint32_t *)(shared + cut.table_offset));
+    if (warp < announcer) {
+        ht_stages_t none = {};
+        ok = flows_run<ht_combine_t, push_flow, false>(p, none, b, warp * p.push_blocks + blockIdx.x,
+                                                       p.push_blocks * announcer, (uint32_t *)shared);
         tell_ended(b);
-        stages_end(cut, s);
-    } else if (warp == announcer) {
-        flows_announce<ht_combine_t, push_told>(p, cut, b, blockIdx.x, p.push_blocks);
+    } else {
+        flows_announce<ht_combine_t, push_told>(p, announcer, b, blockIdx.x, p.push_blocks);
     }
     if (threadIdx.x == 0)
         ok = ok && add_relaxed_gpu_u32(&p.c.state->begun, 0) == gridDim.x;
@@ -153,8 +151,8 @@ extern "C" int epx__ht_launch_combine(const ht_combine_t *p, uint32_t blocks, vo
 {
     ht_combine_t params = *p;
     void *arguments[] = {&params};
-    return (int)cudaLaunchKernel(combine_kernel(p->dtype), dim3(blocks), dim3(p->threads), arguments, p->shared_bytes,
-                                 (cudaStream_t)stream);
+    return (int)cudaLaunchKernel(combine_kernel(p->dtype), dim3(blocks), dim3(p->threads), arguments,
+                                 p->cut.total_bytes, (cudaStream_t)stream);
 }
 
 extern "C" int epx__ht_load_combine(uint32_t shared_bytes, void *stream)
@@ -163,7 +161,7 @@ extern "C" int epx__ht_load_combine(uint32_t shared_bytes, void *stream)
         ht_combine_t p = {};
         p.dtype = dtype;
         p.threads = 32;
-        p.shared_bytes = shared_bytes;
+        p.cut.total_bytes = shared_bytes;
         cudaError_t error =
             cudaFuncSetAttribute(combine_kernel(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
         int launched = error == cudaSuccess ? epx__ht_launch_combine(&p, 1, stream) : (int)error;

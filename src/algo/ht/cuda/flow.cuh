@@ -139,11 +139,16 @@ typedef struct ht_runner {
 } ht_runner_t;
 
 /* Warp: rows have been moved, the last of them `last`. When they are written, tell, or count them itself. */
+template <bool engine>
 EPX__DEVICE void rows_moved(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
 {
-    bulk_wait_done();
+    if (engine)
+        bulk_wait_done();
     if (!r.share.several) {
-        tell_progress(r.b, r.done);
+        if (engine)
+            tell_progress(r.b, r.done);
+        else
+            tell_items(r.b, r.done);
     } else {
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -154,14 +159,32 @@ EPX__DEVICE void rows_moved(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
     }
 }
 
-/* Warp: the payload of one row: as many pieces as there are stages are loaded together, then stored one by one. Leaves
- * stores under way. The row before, if `tell`, is told while the first pieces are on their way. */
+/* Pieces of 16 bytes that a lane has under way together, 512 bytes apart. */
+#define FLOW_PIECES 14
+
+/* Warp: the payload of one row by ordinary loads and stores. Called, so that its registers are its own. */
+static __device__ __noinline__ void flow_copy_x(char *to, const char *from, uint64_t bytes)
+{
+    for (uint64_t at = threadIdx.x % 32 * 16; at < bytes; at += FLOW_PIECES * 512) {
+        uint4 v[FLOW_PIECES];
+#pragma unroll
+        for (int i = 0; i < FLOW_PIECES; i++)
+            v[i] = at + i * 512 < bytes ? ld_global_16(from + at + i * 512) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < FLOW_PIECES; i++) {
+            if (at + i * 512 < bytes)
+                st_global_16(to + at + i * 512, v[i]);
+        }
+    }
+}
+
+/* Warp: the payload of one row by the copy engine: as many pieces as there are stages are loaded together, then stored
+ * one by one. Leaves stores under way. The row before, if `tell`, is told while the first pieces are on their way. */
 EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r, uint32_t p,
                              bool tell, uint32_t last)
 {
     const char *from = f.x + flow_from(f, p) * f.x_stride;
     char *to = f.x_to + flow_to(f, p) * f.x_to_stride;
-#if EPX__BULK
     uint32_t left = (uint32_t)f.x_bytes, lane = threadIdx.x % 32;
     while (left) {
         uint32_t pieces = (left + cut.stage_bytes - 1) / cut.stage_bytes;
@@ -175,7 +198,7 @@ EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_
             bulk_load(stage_at(s, i), from + i * cut.stage_bytes, bytes, &s.bars[i]);
         }
         if (tell)
-            rows_moved(f, r, last);
+            rows_moved<true>(f, r, last);
         tell = false;
         for (uint32_t i = 0; i < pieces; i++) {
             uint32_t bytes = left < cut.stage_bytes ? left : cut.stage_bytes;
@@ -189,12 +212,6 @@ EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_
         bulk_commit();
         __syncwarp();
     }
-#else
-    if (tell)
-        rows_moved(f, r, last);
-    for (uint64_t at = threadIdx.x % 32 * 16; at < f.x_bytes; at += 512)
-        st_global_16(to + at, ld_global_16(from + at));
-#endif
 }
 
 /* Warp: row p is next to be moved; for the announcing warp it is item number r.done of this one. */
@@ -210,24 +227,29 @@ EPX__DEVICE void row_taken(const ht_flow_t &f, ht_runner_t &r, uint32_t p)
 }
 
 /* Warp: as many of its rows as the gate lets through. True if any. */
+template <bool engine>
 EPX__DEVICE bool flow_drain(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r)
 {
     uint32_t last = 0;
-    bool moved = false;
+    bool moved = false, untold = false;
     while (r.at.now < f.rows && gate_open(f, r.b->n, r.at.now, &r.open)) {
         uint32_t p = r.at.now;
-        bool tell = f.publish && moved;
-        if (f.x_bytes)
-            flow_move_x(f, cut, s, r, p, tell, last);
-        else if (tell)
-            rows_moved(f, r, last);
+        if (engine)
+            flow_move_x(f, cut, s, r, p, untold, last);
+        else
+            flow_copy_x(f.x_to + flow_to(f, p) * f.x_to_stride, f.x + flow_from(f, p) * f.x_stride, f.x_bytes);
         flow_move_parts(f, p);
         row_taken(f, r, p);
         last = p;
         moved = true;
+        untold = f.publish != NULL;
+        if (!engine && untold) {
+            rows_moved<false>(f, r, last);
+            untold = false;
+        }
     }
-    if (f.publish && moved)
-        rows_moved(f, r, last);
+    if (untold)
+        rows_moved<engine>(f, r, last);
     __syncwarp();
     return moved;
 }
@@ -253,11 +275,13 @@ EPX__DEVICE bool flows_stuck(const ht_common_t &c, uint64_t n, const ht_flow_t &
 
 /*
  * Warp `w` of `warps`: its share of the flows with all peers. make(p, n, peer, &flow) fills in a flow, by any lanes;
- * false: stop. `cursors`: shared memory, [ranks].
+ * false: stop. `cursors`: shared memory, [ranks]. `engine`: by the copy engine through its stages `s`, which are cut as
+ * p.cut says: more bytes a second of an SM near memory (49 GB/s on an H200, 35 by loads and stores), but a row is told
+ * late where a link is full, for all of an SM's rows wait for each other. Else `s` is not looked at.
  */
-template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *)>
-__device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s, ht_block_t *b, uint32_t w,
-                          uint32_t warps, uint32_t *cursors)
+template <typename params_t, bool (*make)(const params_t &, uint64_t, int, ht_flow_t *), bool engine>
+__device__ bool flows_run(const params_t &p, ht_stages_t &s, ht_block_t *b, uint32_t w, uint32_t warps,
+                          uint32_t *cursors)
 {
     const ht_common_t &c = p.c;
     uint32_t peers = (uint32_t)c.ranks - 1;
@@ -286,7 +310,7 @@ __device__ bool flows_run(const params_t &p, const ht_cut_t &cut, ht_stages_t &s
             }
             if (r.at.now >= f.rows)
                 continue;
-            moved = flow_drain(f, cut, s, r) || moved;
+            moved = flow_drain < engine && EPX__BULK > (f, p.cut, s, r) || moved;
             left = left || r.at.now < f.rows;
             waiting = r.at.now < f.rows ? peer : waiting;
             __syncwarp();
@@ -311,15 +335,15 @@ EPX__DEVICE void account_row(const ht_flow_t &f, uint64_t n, uint32_t row)
 /* Announcing warp of a block that runs flows, number `block` of `blocks`. told(p, peer, &flow) fills in what flow_count
  * needs; it must not wait, for the other warps wait for this one (leave_item). */
 template <typename params_t, void (*told)(const params_t &, int, ht_flow_t *)>
-__device__ void flows_announce(const params_t &p, const ht_cut_t &cut, ht_block_t *b, uint32_t block, uint32_t blocks)
+__device__ void flows_announce(const params_t &p, uint32_t workers, ht_block_t *b, uint32_t block, uint32_t blocks)
 {
-    uint32_t peers = (uint32_t)p.c.ranks - 1, lane = threadIdx.x % 32, warps = blocks * cut.warps;
+    uint32_t peers = (uint32_t)p.c.ranks - 1, lane = threadIdx.x % 32, warps = blocks * workers;
     if (peers == 0 || warps < peers)
         return;
     ht_flow_t f = {};
-    told(p, peer_at(p.c, share_of((lane < cut.warps ? lane : 0) * blocks + block, warps, peers).first), &f);
+    told(p, peer_at(p.c, share_of((lane < workers ? lane : 0) * blocks + block, warps, peers).first), &f);
     if (__any_sync(0xffffffffu, f.publish != NULL))
-        announce<ht_flow_t, account_row>(f, b, cut.warps);
+        announce<ht_flow_t, account_row>(f, b, workers);
 }
 
 #endif

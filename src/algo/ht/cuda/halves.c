@@ -3,8 +3,8 @@
  * and nothing waited for, but in counts.
  *
  * SMs of a call: the caller's `sms`, else the buffer's, else of a GPU's S SMs
- *     dispatch into a lease S / 8, into the caller's memory S / 8 + S / 11 (the second part copies out), combine 2 S /
- * 11; at most S / (ranks on this GPU). Several domains: see rail_host.c.
+ *     dispatch into a lease S / 8, into the caller's memory S / 8 + S / 11, combine 2 S / 11
+ * and at most S / (ranks on this GPU). Several domains: see rail_host.c.
  */
 #include <string.h>
 
@@ -266,7 +266,10 @@ static uint64_t lap_of(uint64_t batches)
     return batches ? lap : 0;
 }
 
-/* Rings for peers in the reserve: rows in one, and rows behind a progress word. */
+/*
+ * Rings for peers in the reserve: rows in one, and rows behind a progress word: a 16th of the ring, for each word costs
+ * its writer a fence and its reader a look, but not so many that the first rows are late.
+ */
 static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, uint64_t *ring_bytes, uint64_t *rows,
                              uint32_t *batch)
 {
@@ -274,8 +277,10 @@ static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, 
     uint64_t peers = rings_of(h);
     *ring_bytes = peers ? x->layout.reserve_bytes / peers / EPX__ROW_ALIGN * EPX__ROW_ALIGN : 0;
     *rows = epx__place_capacity(shape, *ring_bytes);
-    *batch = *rows / 4 < HT_BATCH_LEAST ? (uint32_t)(*rows / 4) : HT_BATCH_LEAST;
-    *batch = *batch ? *batch : 1;
+    uint64_t batch_rows = *rows / 16 > HT_BATCH_MOST ? HT_BATCH_MOST : *rows / 16;
+    if (batch_rows < HT_BATCH_LEAST)
+        batch_rows = *rows / 4 < HT_BATCH_LEAST ? *rows / 4 : HT_BATCH_LEAST;
+    *batch = batch_rows ? (uint32_t)batch_rows : 1;
     *rows = lap_of(*rows / *batch) * *batch;
     if (peers && *rows == 0)
         return epx__fail(
@@ -354,7 +359,11 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
     p.send_blocks = p.near_blocks;
     if (target->own && rings_of(h)) {
         p.near_blocks = p.near_blocks < 2 ? 2 : p.near_blocks;
-        p.send_blocks = p.near_blocks * 4 / 7 ? p.near_blocks * 4 / 7 : 1;
+        /* What is sent to others is copied out there. More sending blocks than fill the links only make their own rows
+         * wait, and so all who wait to hear of these. Of 28 for four ranks 12: 590 us, with 16 650, 20 777 (H200). */
+        uint32_t others = h->rails ? rings_of(h) - 1 : peers;
+        p.send_blocks = p.near_blocks * 9 * (others + 1) / (9 * (others + 1) + 16 * others);
+        p.send_blocks = p.send_blocks ? p.send_blocks : 1;
     }
     blocks = p.near_blocks + p.rail_send + p.rail_pull + (h->rails ? 1 : 0);
     epx__ht_scope_t s;
@@ -366,12 +375,12 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
 
 /*
  * Each warp has two stages with a buffer for every row of a token. The copy engine takes about 80 ns for a load,
- * however small, so pieces should be large: of 3 KB and more with 12 warps or more, else 8 or 4 warps.
+ * however small, so pieces should be large: with 12 warps or more, of `chunk_good` bytes and more, else 8 or 4 warps.
  */
-static epx_status_t cut_combine(const ht_cuda_t *h, size_t row_bytes, uint32_t slots, size_t table_bytes, ht_cut_t *cut,
-                                uint32_t *slots_bulk)
+static epx_status_t cut_combine(const ht_cuda_t *h, size_t row_bytes, uint32_t slots, uint32_t chunk_good,
+                                size_t table_bytes, ht_cut_t *cut, uint32_t *slots_bulk)
 {
-    const uint32_t chunk_most = 8192, chunk_good = 3072, stages = 2;
+    const uint32_t chunk_most = 8192, stages = 2;
     if (table_bytes + 65536 > (size_t)h->shared_max)
         return too_many_ranks(h);
     size_t left = (size_t)h->shared_max - table_bytes - HT_WARPS_MAX * stages * 8u - 16u;
@@ -430,19 +439,18 @@ epx_status_t epx__ht_cuda_combine(epx__exchange_t *exchange, epx__exchange_handl
         p.weights_offset = epx__ht_cuda_in_window(exchange, c->topk_weights, 4ull * topk * room);
     EPX__TRY(cut_ring(h, &ring, &p.ring_bytes, &p.ring_rows, &p.batch));
     p.ring_weights = epx__place_layout_make(&ring, p.ring_rows).topk_weights;
-    EPX__TRY(cut_combine(h, ring.row_bytes, p.h.slots, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.cut, &p.slots_bulk));
-    /* Pushing warps have a stage for a whole row, in the same shared memory. */
-    EPX__TRY(cut_rows(h, ring.row_bytes, 0, HT_SOURCE_BYTES * (size_t)(peers + 1), &p.push_cut));
-    p.threads = 32 * (p.cut.warps > p.push_cut.warps ? p.cut.warps : p.push_cut.warps) + 32;
-    p.shared_bytes = p.cut.total_bytes > p.push_cut.total_bytes ? p.cut.total_bytes : p.push_cut.total_bytes;
-    uint32_t blocks = epx__ht_cuda_blocks(h, c->sms, 2 * sms / 11);
     bool push_x = p.x_offset == 0, push_weights = topk && p.weights_offset == 0;
+    /* Rows in a ring are near: more of them under way count for more than large pieces do. */
+    EPX__TRY(cut_combine(h, ring.row_bytes, p.h.slots, push_x ? 2048 : 3072, HT_SOURCE_BYTES * (size_t)(peers + 1),
+                         &p.cut, &p.slots_bulk));
+    p.threads = 32 * p.cut.warps + 32;
+    uint32_t blocks = epx__ht_cuda_blocks(h, c->sms, 2 * sms / 11);
     if (peers && (push_x || push_weights)) {
+        p.threads = 32 * HT_WARPS_MAX + 32;
         blocks = blocks < 2 ? 2 : blocks;
-        /* Others' rows are pushed, all are added; pushing a row costs about 10/7 of adding one, and who has pushed
-         * adds. Of 24 blocks for two ranks that is 10: 235 us, with 8 259, 9 240, 12 236, 14 244 (2 x H100). */
-        p.push_blocks = push_x ? blocks * 10 * peers / (17 * peers + 7) : 1;
-        p.push_blocks = p.push_blocks ? p.push_blocks : 1;
+        /* An SM pushes 28 GB/s, so that 12 fill the links (340), and who has pushed adds. With 6, 8, 10, 12 of 24: two
+         * ranks 357, 287, 243, 222 us, four ranks 908, 705, 578, 519, with 14 578 (H200). */
+        p.push_blocks = push_x ? blocks / 2 : 1;
     }
     epx__ht_scope_t s;
     EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));

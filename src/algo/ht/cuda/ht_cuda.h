@@ -20,7 +20,8 @@ extern "C" {
 
 #define HT_WORDS (EPX__CUDA_CHUNK_WORDS / 2u) /* progress words per peer and direction */
 #define HT_BATCH_LEAST 32u                    /* rows behind one progress word, where there is room */
-#define HT_WORD_SHIFT 20                      /* a progress word is sequence << 20 | batch + 1, so that it only grows */
+#define HT_BATCH_MOST 96u
+#define HT_WORD_SHIFT 20 /* a progress word is sequence << 20 | batch + 1, so that it only grows */
 #define HT_WARPS_MAX 16u
 #define HT_SHARED_OWN 1024u /* bytes of shared memory that kernels have besides what they are launched with */
 #define HT_DEST_BYTES 64u   /* a rank's line in the table of destinations (rows) and of sources (combine) */
@@ -203,8 +204,8 @@ typedef struct ht_rows {
 typedef struct ht_combine {
     ht_common_t c;
     ht_record_t h;
-    ht_cut_t cut, push_cut;                   /* for adding, and for pushing */
-    uint32_t threads, shared_bytes;           /* enough for both */
+    ht_cut_t cut;                             /* for adding */
+    uint32_t threads;                         /* warps that push, if any, and one more; cut.warps of them add */
     uint32_t tokens, topk, batch, slots_bulk; /* slots_bulk 0: the plain way */
     uint32_t push_blocks;                     /* the first ones push, then add; the others add */
     int dtype;

@@ -370,11 +370,11 @@ EPX__DEVICE void copy_block(const ht_rows_t &p, ht_block_t *b, char *shared)
     uint32_t blocks = p.near_blocks - p.send_blocks, block = blockIdx.x - p.send_blocks;
     if (threadIdx.x / 32 < p.cut.warps) {
         ht_stages_t s = stages_init(p.cut, shared);
-        flows_run<ht_rows_t, copy_flow>(p, p.cut, s, b, threadIdx.x / 32 * blocks + block, blocks * p.cut.warps,
-                                        (uint32_t *)(shared + p.cut.table_offset));
+        flows_run<ht_rows_t, copy_flow, true>(p, s, b, threadIdx.x / 32 * blocks + block, blocks * p.cut.warps,
+                                              (uint32_t *)(shared + p.cut.table_offset));
         tell_ended(b);
     } else {
-        flows_announce<ht_rows_t, copy_told>(p, p.cut, b, block, blocks);
+        flows_announce<ht_rows_t, copy_told>(p, p.cut.warps, b, block, blocks);
     }
 }
 

@@ -30,14 +30,6 @@ EPX__DEVICE ht_stages_t stages_init(const ht_cut_t &cut, char *shared)
     __syncwarp();
     return s;
 }
-/* Warp: no copy is under way any more; the shared memory may be cut otherwise. */
-EPX__DEVICE void stages_end(const ht_cut_t &cut, const ht_stages_t &s)
-{
-    bulk_wait_done();
-    __syncwarp();
-    for (uint32_t i = 0; threadIdx.x % 32 == 0 && i < cut.stages; i++)
-        mbarrier_inval(&s.bars[i]);
-}
 EPX__DEVICE char *stage_at(const ht_stages_t &s, uint32_t i)
 {
     return s.memory + (size_t)i * s.bytes;

@@ -140,10 +140,6 @@ EPX__DEVICE void mbarrier_init(uint64_t *bar)
 {
     *bar = 0;
 }
-EPX__DEVICE void mbarrier_inval(uint64_t *bar)
-{
-    *bar = UINT64_MAX; /* no state of a barrier: what still waited for it would not be served */
-}
 EPX__DEVICE void mbarrier_fence_init(void)
 {
 }
