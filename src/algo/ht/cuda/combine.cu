@@ -84,7 +84,8 @@ EPX__DEVICE void add_block(const ht_combine_t &p, ht_block_t *b, char *shared)
     x.credit = any_credit(p, sources);
     if (warp == announcer && x.credit) {
         ht_added_t added = {&p, sources};
-        announce<ht_added_t, account_added>(added, b, p.cut.warps);
+        announce<ht_added_t, count_token_at<ht_added_t, added_at>, publish_token_at<ht_added_t, added_at>>(added, b,
+                                                                                                           p.cut.warps);
     }
     if (warp >= p.cut.warps)
         return;

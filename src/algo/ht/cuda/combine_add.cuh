@@ -41,20 +41,20 @@ typedef struct ht_added {
     const ht_source_t *sources;
 } ht_added_t;
 
-EPX__DEVICE void account_added(const ht_added_t &x, uint64_t n, uint32_t token)
+EPX__DEVICE int added_at(const ht_added_t &x, uint32_t token, uint32_t slot, ht_counted_t *at)
 {
     const ht_combine_t &p = *x.p;
-    for (uint32_t slot = 0; slot < p.h.slots; slot++) {
-        ht_pick_t k = pick_at(p, token, slot);
-        if (k.rank < 0)
-            break;
-        const ht_source_t &s = x.sources[k.rank];
-        if (k.rank == p.c.rank || !wants_credit(p, s))
-            continue;
-        uint32_t b = ((uint32_t)k.row - s.first) / p.batch;
-        count_batch(p.c.consumed + (size_t)k.rank * HT_WORDS, take_words(p.c, p.c.peers[k.rank], p.c.rank), n, b,
-                    batch_total(s.rows, p.batch, b));
-    }
+    ht_pick_t k = pick_at(p, token, slot);
+    if (k.rank < 0)
+        return -1;
+    const ht_source_t &s = x.sources[k.rank];
+    if (k.rank == p.c.rank || !wants_credit(p, s))
+        return 0;
+    at->batch = ((uint32_t)k.row - s.first) / p.batch;
+    at->total = batch_total(s.rows, p.batch, at->batch);
+    at->counts = p.c.consumed + (size_t)k.rank * HT_WORDS;
+    at->words = take_words(p.c, p.c.peers[k.rank], p.c.rank);
+    return 1;
 }
 
 /* ---- adding ---- */

@@ -73,22 +73,69 @@ EPX__DEVICE uint32_t batch_total(uint32_t rows, uint32_t batch, uint32_t b)
 }
 
 /*
- * One thread: one more of batch b is done; the last one publishes. Fences are the caller's before (what is told must be
- * written for all) and this function's after.
+ * One thread: one more of batch b is done. True: it was the last one, and the caller publishes the batch. It fences
+ * before it counts (what is told must be written for all) and before it publishes (what others counted, too).
  */
-EPX__DEVICE void count_batch(uint32_t *counts, uint64_t *publish, uint64_t n, uint32_t b, uint32_t total)
+EPX__DEVICE bool count_batch(uint32_t *counts, uint32_t b, uint32_t total)
 {
     if (add_relaxed_gpu_u32(&counts[b % HT_WORDS], 1) != total - 1)
-        return;
+        return false;
     counts[b % HT_WORDS] = 0;
-    fence_acq_rel_sys();
-    st_relaxed_sys_u64(&publish[b % HT_WORDS], batch_word(n, b));
+    return true;
+}
+EPX__DEVICE void publish_batch(uint64_t *words, uint64_t n, uint32_t b)
+{
+    st_relaxed_sys_u64(&words[b % HT_WORDS], batch_word(n, b));
 }
 
-EPX__DEVICE void flow_count(const ht_flow_t &f, uint64_t n, uint32_t p)
+EPX__DEVICE uint32_t flow_count(const ht_flow_t &f, uint64_t n, uint32_t p)
 {
     uint32_t b = p / f.batch;
-    count_batch(f.counts, f.publish, n, b, batch_total(f.rows, f.batch, b));
+    return count_batch(f.counts, b, batch_total(f.rows, f.batch, b));
+}
+EPX__DEVICE void flow_publish(const ht_flow_t &f, uint64_t n, uint32_t p, uint32_t complete)
+{
+    if (complete)
+        publish_batch(f.publish, n, p / f.batch);
+}
+
+/* Where one of a token's rows is counted. */
+typedef struct ht_counted {
+    uint32_t batch, total; /* total: rows of the batch */
+    uint32_t *counts;
+    uint64_t *words; /* where the batch is published */
+} ht_counted_t;
+
+/* For announce, of a context that has params p: the token's rows, each counted in its batch. at(context, token, slot,
+ * &where): 1, where the row in that slot is counted; 0 it is not; -1 no more rows. */
+template <typename context_t, int (*at)(const context_t &, uint32_t, uint32_t, ht_counted_t *)>
+__device__ uint32_t count_token_at(const context_t &x, uint64_t n, uint32_t token)
+{
+    uint32_t complete = 0;
+    ht_counted_t where = {};
+    for (uint32_t slot = 0; slot < x.p->h.slots; slot++) {
+        int counted = at(x, token, slot, &where);
+        if (counted < 0)
+            break;
+        if (!counted || !count_batch(where.counts, where.batch, where.total))
+            continue;
+        if (slot < 32) {
+            complete |= 1u << slot;
+        } else { /* a mask over many ranks */
+            fence_acq_rel_sys();
+            publish_batch(where.words, n, where.batch);
+        }
+    }
+    return complete;
+}
+template <typename context_t, int (*at)(const context_t &, uint32_t, uint32_t, ht_counted_t *)>
+__device__ void publish_token_at(const context_t &x, uint64_t n, uint32_t token, uint32_t complete)
+{
+    ht_counted_t where = {};
+    for (; complete; complete &= complete - 1) {
+        at(x, token, (uint32_t)__ffs((int)complete) - 1, &where);
+        publish_batch(where.words, n, where.batch);
+    }
 }
 
 /* Warp: everything but the payload. */
@@ -154,7 +201,10 @@ EPX__DEVICE void rows_moved(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
         if (threadIdx.x % 32 == 0) {
             fence_proxy_async();
             fence_acq_rel_sys();
-            flow_count(f, r.b->n, last);
+            if (flow_count(f, r.b->n, last)) {
+                fence_acq_rel_sys();
+                flow_publish(f, r.b->n, last, 1);
+            }
         }
     }
 }
@@ -327,11 +377,6 @@ __device__ bool flows_run(const params_t &p, ht_stages_t &s, ht_block_t *b, uint
     }
 }
 
-EPX__DEVICE void account_row(const ht_flow_t &f, uint64_t n, uint32_t row)
-{
-    flow_count(f, n, row);
-}
-
 /* Announcing warp of a block that runs flows, number `block` of `blocks`. told(p, peer, &flow) fills in what flow_count
  * needs; it must not wait, for the other warps wait for this one (leave_item). */
 template <typename params_t, void (*told)(const params_t &, int, ht_flow_t *)>
@@ -343,7 +388,7 @@ __device__ void flows_announce(const params_t &p, uint32_t workers, ht_block_t *
     ht_flow_t f = {};
     told(p, peer_at(p.c, share_of((lane < workers ? lane : 0) * blocks + block, warps, peers).first), &f);
     if (__any_sync(0xffffffffu, f.publish != NULL))
-        announce<ht_flow_t, account_row>(f, b, workers);
+        announce<ht_flow_t, flow_count, flow_publish>(f, b, workers);
 }
 
 #endif

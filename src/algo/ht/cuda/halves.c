@@ -357,13 +357,17 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
         EPX__TRY(epx__ht_cuda_rail_rows(h, a->sms, &shape, &p, &blocks));
     p.near_blocks = blocks - p.rail_send - p.rail_pull - (h->rails ? 1 : 0);
     p.send_blocks = p.near_blocks;
+    p.send_warps = p.cut.warps;
     if (target->own && rings_of(h)) {
         p.near_blocks = p.near_blocks < 2 ? 2 : p.near_blocks;
         /* What is sent to others is copied out there. More sending blocks than fill the links only make their own rows
-         * wait, and so all who wait to hear of these. Of 28 for four ranks 12: 590 us, with 16 650, 20 777 (H200). */
+         * wait, and so all who wait to hear of these, and so do more warps than have two dozen rows for others under
+         * way. Four ranks, 28 blocks, of which send 12: 590 us, 16 650, 20 777; 12 with 8 warps each 540 (H200). */
         uint32_t others = h->rails ? rings_of(h) - 1 : peers;
         p.send_blocks = p.near_blocks * 9 * (others + 1) / (9 * (others + 1) + 16 * others);
         p.send_blocks = p.send_blocks ? p.send_blocks : 1;
+        p.send_warps = 24 / others < 5 ? 5 : 24 / others;
+        p.send_warps = p.send_warps < p.cut.warps ? p.send_warps : p.cut.warps;
     }
     blocks = p.near_blocks + p.rail_send + p.rail_pull + (h->rails ? 1 : 0);
     epx__ht_scope_t s;

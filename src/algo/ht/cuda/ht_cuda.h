@@ -182,6 +182,7 @@ typedef struct ht_rows {
     int bits;
     uint32_t first, own;  /* first: ids, weights and source tokens travel; own: the caller's memory */
     uint32_t send_blocks; /* the others copy out */
+    uint32_t send_warps;  /* of a block's cut.warps; the others have nothing to send */
     /* what travels */
     const char *x, *side;
     uint64_t row_bytes, x_stride;

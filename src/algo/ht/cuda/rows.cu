@@ -251,22 +251,20 @@ typedef struct ht_sent {
     const ht_dest_t *dests;
 } ht_sent_t;
 
-EPX__DEVICE void account_token(const ht_sent_t &x, uint64_t n, uint32_t token)
+EPX__DEVICE int sent_at(const ht_sent_t &x, uint32_t token, uint32_t slot, ht_counted_t *at)
 {
-    const ht_rows_t &p = *x.p;
-    for (uint32_t slot = 0; slot < p.h.slots; slot++) {
-        ht_aim_t a = aim_at(p, token, slot);
-        if (a.rank == AIM_FAR)
-            continue;
-        if (a.rank < 0)
-            break;
-        const ht_dest_t &d = x.dests[a.rank];
-        if (d.batch == 0)
-            continue;
-        uint32_t b = ((uint32_t)a.row - d.first) / d.batch;
-        count_batch(p.c.produced + (size_t)a.rank * HT_WORDS, put_words(p.c, p.c.peers[a.rank], p.c.rank), n, b,
-                    batch_total(d.rows, d.batch, b));
-    }
+    const ht_common_t &c = x.p->c;
+    ht_aim_t a = aim_at(*x.p, token, slot);
+    if (a.rank == -1)
+        return -1;
+    if (a.rank == AIM_FAR || x.dests[a.rank].batch == 0)
+        return 0;
+    const ht_dest_t &d = x.dests[a.rank];
+    at->batch = ((uint32_t)a.row - d.first) / d.batch;
+    at->total = batch_total(d.rows, d.batch, at->batch);
+    at->counts = c.produced + (size_t)a.rank * HT_WORDS;
+    at->words = put_words(c, c.peers[a.rank], c.rank);
+    return 1;
 }
 
 /* Does any receiver ask for progress words? */
@@ -327,9 +325,10 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
 {
     ht_dest_t *dests = (ht_dest_t *)(shared + p.cut.table_offset);
     ht_sender_t x = {
-        dests, b,    threadIdx.x / 32 * p.send_blocks + blockIdx.x, p.send_blocks * p.cut.warps, threadIdx.x % 32,
+        dests, b,    threadIdx.x / 32 * p.send_blocks + blockIdx.x, p.send_blocks * p.send_warps, threadIdx.x % 32,
         0,     false};
-    bool worker = threadIdx.x / 32 < p.cut.warps, ok = true, loading = false;
+    uint32_t warp = threadIdx.x / 32;
+    bool worker = warp < p.send_warps, ok = true, loading = false;
     ht_stages_t s = {};
     ht_aim_t a = {-1, -1}, next = a;
     if (worker) {
@@ -357,11 +356,12 @@ EPX__DEVICE void send_block(const ht_rows_t &p, ht_block_t *b, char *shared)
             send_ids_aside(p, dests);
         return;
     }
-    if (!p.first) /* the warp has nothing else to do yet */
+    if (!p.first && warp == p.cut.warps) /* the warp has nothing else to do yet */
         copy_sources(p, false, blockIdx.x * 32 + x.lane, p.send_blocks * 32);
-    if (x.counted)
-        announce<ht_sent_t, account_token>(sent, b, p.cut.warps);
-    else if (p.first)
+    if (x.counted && warp == p.cut.warps)
+        announce<ht_sent_t, count_token_at<ht_sent_t, sent_at>, publish_token_at<ht_sent_t, sent_at>>(sent, b,
+                                                                                                      p.send_warps);
+    else if (p.first && !x.counted)
         send_ids_aside(p, dests);
 }
 

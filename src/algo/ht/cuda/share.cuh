@@ -121,8 +121,11 @@ EPX__DEVICE void tell_ended(ht_block_t *b)
     }
 }
 
-/* Lane i follows warp i. account(context, n, item) counts one done item. Ends after the workers, which wait for it. */
-template <typename context_t, void (*account)(const context_t &, uint64_t, uint32_t)>
+/* Lane i follows warp i. count(context, n, item) counts one done item, and returns which of its (up to 32) batches are
+ * complete thereby; after one more fence for all lanes', publish(context, n, item, batches) says so. Ends after the
+ * workers, which wait for it. */
+template <typename context_t, uint32_t (*count)(const context_t &, uint64_t, uint32_t),
+          void (*publish)(const context_t &, uint64_t, uint32_t, uint32_t)>
 __device__ void announce(const context_t &context, ht_block_t *b, uint32_t workers)
 {
     uint32_t lane = threadIdx.x % 32, done = 0;
@@ -133,8 +136,17 @@ __device__ void announce(const context_t &context, ht_block_t *b, uint32_t worke
         if (__any_sync(0xffffffffu, ready > done)) {
             fence_proxy_async();
             fence_acq_rel_sys();
-            for (; done < ready; done++)
-                account(context, b->n, atomicOr(&b->item[lane][done % HT_TURNS], 0u));
+            while (__any_sync(0xffffffffu, done < ready)) {
+                uint32_t item = 0, complete = 0;
+                if (done < ready) {
+                    item = atomicOr(&b->item[lane][done++ % HT_TURNS], 0u);
+                    complete = count(context, b->n, item);
+                }
+                if (__any_sync(0xffffffffu, complete != 0)) {
+                    fence_acq_rel_sys();
+                    publish(context, b->n, item, complete);
+                }
+            }
             __threadfence_block();
             if (lane < workers)
                 atomicExch(&b->told[lane], done);
