@@ -105,7 +105,7 @@ section_net() { # domains, by the networks that there are
         EPX_TEST_THREADS=1 threads domains-tcp 45 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)"
         processes domains-tcp 45 "$tests/gpu_test_domains" ofi:tcp "$(pct 4)" "2 domains of 1"
     fi
-    threads domains-loop 40 "$tests/gpu_test_domains" loop "$(pct 10)"
+    threads domains-loop 40 "$tests/gpu_test_domains" loop "$(pct 30)"
 }
 section_sim() { # as net, over a network that delays and reorders
     export EPX_TIMEOUT_MS=10000
@@ -126,10 +126,10 @@ section_ll1() { # low latency, ranks share a GPU
     export EPX_TIMEOUT_MS=10000
     threads deadline 35 "$tests/gpu_test_ll_deadline"
     threads whole 30 "$tests/gpu_test_ll_whole" "$(pct 100)"
-    EPX_LL_INBAND=0 threads flags 25 "$tests/gpu_test_ll" "" "$(pct 20)"
+    EPX_LL_INBAND=0 threads flags 25 "$tests/gpu_test_ll" "" "$(pct 60)"
     EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 processes flags 35 "$tests/gpu_test_ll" "" "$(pct 20)"
     EPX_LL_INBAND=0 threads flags-slots 25 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
-    EPX_LL_INBAND=1 threads inband 30 "$tests/gpu_test_ll" "" "$(pct 30)"
+    EPX_LL_INBAND=1 threads inband 30 "$tests/gpu_test_ll" "" "$(pct 100)"
     EPX_LL_INBAND=1 EPX_TEST_RANKS_MAX=4 processes inband 35 "$tests/gpu_test_ll" "" "$(pct 20)"
     EPX_LL_INBAND=1 threads inband-slots 30 "$tests/gpu_test_ll_slots" "" "$(pct 40)"
     EPX_LL_INBAND=1 threads inband-graphs 30 "$tests/gpu_test_ll_graph" "$(pct 30)"
@@ -140,9 +140,9 @@ section_ht1() { # high throughput in one domain, ranks share a GPU
     threads laps 20 "$tests/gpu_test_laps"
     processes bounds 45 "$tests/gpu_test_bounds"
     both graphs 30 15 "$tests/gpu_test_graph" "$(pct 60)"
-    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 60 "$tests/gpu_test_differential" "" "$(pct 3)"
+    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 60 "$tests/gpu_test_differential" "" "$(pct 20)"
     EPX_TEST_RANKS_MAX=4 processes differential 45 "$tests/gpu_test_differential" "ranks" "$(pct 1)"
-    EPX_TEST_THREADS=1 threads stress 45 "$tests/gpu_test_stress" "" "$(pct 1)"
+    EPX_TEST_THREADS=1 threads stress 45 "$tests/gpu_test_stress" "" "$(pct 4)"
 }
 
 # ---- all GPUs, or two of them ----
@@ -151,7 +151,7 @@ section_ll() {
     export EPX_TIMEOUT_MS=10000 EPX_TEST_RANKS_MAX=4
     threads deadline 35 "$tests/gpu_test_ll_deadline"
     EPX_LL_INBAND=0 both flags 20 20 "$tests/gpu_test_ll" "" "$(pct 20)"
-    EPX_LL_INBAND=1 both inband 20 20 "$tests/gpu_test_ll" "" "$(pct 30)"
+    EPX_LL_INBAND=1 both inband 20 20 "$tests/gpu_test_ll" "" "$(pct 60)"
     EPX_LL_INBAND=1 threads inband-slots 25 "$tests/gpu_test_ll_slots" "" "$(pct 20)"
     EPX_LL_INBAND=1 threads inband-graphs 25 "$tests/gpu_test_ll_graph" "$(pct 40)"
 }
@@ -159,7 +159,7 @@ section_ht() {
     export EPX_TIMEOUT_MS=10000
     both order 20 35 "$tests/gpu_test_order"
     threads laps 15 "$tests/gpu_test_laps"
-    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 20 "$tests/gpu_test_differential" "ranks" "$(pct 4)"
+    EPX_TEST_RANKS_MAX=4 EPX_TEST_THREADS=1 threads differential 20 "$tests/gpu_test_differential" "" "$(pct 20)"
     EPX_TEST_RANKS_MAX=4 processes differential 25 "$tests/gpu_test_differential" "ranks" "$(pct 4)"
     both graphs 20 10 "$tests/gpu_test_graph" "$(pct 60)"
 }
