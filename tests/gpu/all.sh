@@ -125,6 +125,7 @@ section_llnet() { # low latency between domains: graphs, masks, long runs, every
 section_ll1() { # low latency, ranks share a GPU
     export EPX_TIMEOUT_MS=10000
     threads deadline 35 "$tests/gpu_test_ll_deadline"
+    threads late 20 "$tests/gpu_test_ll_late"
     threads whole 30 "$tests/gpu_test_ll_whole" "$(pct 100)"
     EPX_LL_INBAND=0 threads flags 25 "$tests/gpu_test_ll" "" "$(pct 60)"
     EPX_LL_INBAND=0 EPX_TEST_RANKS_MAX=4 processes flags 35 "$tests/gpu_test_ll" "" "$(pct 20)"

@@ -30,14 +30,6 @@ EPX__DEVICE uint32_t look_send(const ll_common_t &l, const ll_far_head_t &h, uin
 {
     int rank = l.far.rank_of[place];
     const epx__ll_words_t *words = far_words(l, h, place);
-    volatile uint64_t *owes = &l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank];
-    uint64_t owed = *owes;
-    *stage = HT_STAGE_OWED; /* given up in the slot's last call: it may still put there until it is done with that */
-    if (owed && ld_acquire_sys_u64(&words->combined) < owed && ld_acquire_sys_u64(&words->left_out) < owed &&
-        !far_left(l, place))
-        return FAR_WAIT;
-    if (owed)
-        *owes = 0;
     if (*(volatile uint32_t *)&l.masked[rank] || far_gone(l, place))
         return FAR_NO;
     *stage = HT_STAGE_CREDIT;
@@ -159,6 +151,37 @@ EPX__DEVICE void far_note(const ll_common_t &l, const ll_far_head_t &h, int rank
         ll_give_up(l, h.n, rank);
 }
 
+/* ---- before anybody is served ---- */
+
+/* One thread: until that rank, if it was given up in the slot's last call, has said that it puts nothing more of it, or
+ * is gone. False: stop. */
+EPX__DEVICE bool far_settled(const ll_common_t &l, const ll_far_head_t &h, uint32_t place)
+{
+    volatile uint64_t *owes = &l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)l.far.rank_of[place]];
+    const epx__ll_words_t *words = far_words(l, h, place);
+    uint64_t owed = *owes;
+    for (uint32_t polls = 1; owed && ld_acquire_sys_u64(&words->combined) < owed &&
+                             ld_acquire_sys_u64(&words->left_out) < owed && !far_left(l, place);
+         polls++) {
+        if (far_stopped(l, h, polls))
+            return false;
+        if ((polls & 7) == 0 && globaltimer_ns() - h.start > l.c.timeout_ns)
+            return far_fail(l, h, place, EPX_E_BUSY, HT_STAGE_OWED, owed, ld_relaxed_sys_u64(&words->combined));
+    }
+    if (owed)
+        *owes = 0; /* by each block alike */
+    return true;
+}
+
+/* The block: all far ranks. Whoever gets a record may put outputs where one that owes still does. False: stop. */
+EPX__DEVICE bool far_settle(const ll_common_t &l, const ll_far_head_t &h)
+{
+    bool good = true;
+    for (uint32_t place = threadIdx.x; place < l.far.count; place += LL_FAR_THREADS)
+        good = far_settled(l, h, place) && good;
+    return !__syncthreads_or(!good);
+}
+
 /* ---- whom to serve next ---- */
 
 /* The word that is waited for in that stage. */
@@ -178,12 +201,6 @@ EPX__DEVICE uint32_t far_late(const ll_common_t &l, const ll_far_head_t &h, uint
     bool left = stage == HT_STAGE_GONE && far_left(l, place);
     if (!left && globaltimer_ns() - h.start <= l.c.timeout_ns)
         return FAR_WAIT;
-    if (stage == HT_STAGE_OWED) {
-        int rank = l.far.rank_of[place];
-        uint64_t owed = l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank];
-        far_fail(l, h, place, EPX_E_BUSY, stage, owed, far_words(l, h, place)->combined);
-        return FAR_STOP;
-    }
     if (l.mask_on_timeout)
         return FAR_GIVEN_UP;
     if (left)

@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(LL_FAR_THREADS, 1) ll_far_send_kernel(const __
     uint64_t ids = epx__ll_record_rows(l.tokens, l.topk, p.d.topk_weights != NULL);
     /* The number is taken by the domain's send, which comes next. */
     if (!far_enter(l, h, FAR_SEND, ld_relaxed_sys_u64(&l.state->number) + 1, p.parts,
-                   ids + (uint64_t)l.tokens * p.stride))
+                   ids + (uint64_t)l.tokens * p.stride) ||
+        !far_settle(l, h))
         return;
     while (far_turn(l, h)) {
         int rank = l.far.rank_of[h.place];

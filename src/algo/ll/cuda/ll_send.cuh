@@ -1,7 +1,7 @@
 /*
  * Low-latency dispatch with flags, the sender's side: ids, weights and shape to every near rank, rows to who wants
  * them. Both wait for credit only: that a rank has taken what came in the slot's last call. With mask_on_timeout each
- * rank is sent to as it gives credit.
+ * rank is sent to as it gives credit. But ids, which permit outputs, go to nobody while a rank owes.
  */
 #ifndef EPX_ALGO_LL_CUDA_LL_SEND_CUH
 #define EPX_ALGO_LL_CUDA_LL_SEND_CUH
@@ -58,25 +58,26 @@ static __device__ void await_ranks(const ll_common_t &l, ll_head_t &h)
     __syncthreads();
 }
 
+/* The block: no near rank owes. A place in `back` is another rank's in the next call: whoever is told ids may write
+ * where one that owes still does. h.stop: stop. */
+static __device__ void settle(const ll_common_t &l, ll_head_t &h)
+{
+    bool good = true;
+    for (int r = (int)threadIdx.x; r < l.c.ranks; r += LL_THREADS)
+        good = (!ll_near(l, r) || settled(l, h, r)) && good;
+    if (__syncthreads_or(!good) && threadIdx.x == 0)
+        h.stop = 1;
+    __syncthreads();
+}
+
 /*
  * With mask_on_timeout ranks are served as they give credit: would all wait for one that is lost, then its turn to be
- * given up would come when all others give up each other. One thread's look at a rank that is to be sent to; `ids`:
- * also at what it owes. False: it waits.
+ * given up would come when all others give up each other. One thread's look at a rank that is to be sent to. False: it
+ * waits.
  */
-EPX__DEVICE bool look_at(const ll_common_t &l, const ll_head_t &h, int r, bool ids, bool late, bool *go, bool *stop)
+EPX__DEVICE bool look_at(const ll_common_t &l, const ll_head_t &h, int r, bool late, bool *go)
 {
-    const epx__ll_words_t *words = ll_words(l, l.c.window, h.slot, r);
-    uint64_t owed = ids ? *owed_by(l, h, r) : 0;
     *go = false;
-    if (owed && ld_acquire_sys_u64(&words->combined) < owed && ld_acquire_sys_u64(&words->left_out) < owed) {
-        ht_fault_t f = {EPX_E_BUSY, HT_STAGE_OWED, r, owed, ld_relaxed_sys_u64(&words->combined), l.c.timeout_ns};
-        if (late)
-            ht_fail(l.c, h.n, f);
-        *stop = *stop || late;
-        return late;
-    }
-    if (owed)
-        *owed_by(l, h, r) = 0;
     if (*(volatile uint32_t *)&l.masked[r])
         return true;
     *go = has_credit(l, h, r);
@@ -86,7 +87,7 @@ EPX__DEVICE bool look_at(const ll_common_t &l, const ll_head_t &h, int r, bool i
 }
 
 /* The block: who of h.left can be sent to now, into h.go. LL_CAME: somebody; LL_ABSENT: nobody is left; LL_STOP. */
-static __device__ int find_turn(const ll_common_t &l, ll_head_t &h, bool ids, uint64_t start)
+static __device__ int find_turn(const ll_common_t &l, ll_head_t &h, uint64_t start)
 {
     for (uint32_t polls = 1;; polls++) {
         bool some = false, left = false, late = globaltimer_ns() - start > l.c.timeout_ns;
@@ -94,7 +95,7 @@ static __device__ int find_turn(const ll_common_t &l, ll_head_t &h, bool ids, ui
         for (uint32_t first = threadIdx.x / 32 * 32; first < (uint32_t)l.c.ranks; first += LL_THREADS) {
             bool waits = h.left[first / 32] >> threadIdx.x % 32 & 1, go = false;
             int r = (int)(first + threadIdx.x % 32); /* nobody gives up itself */
-            waits = waits && !look_at(l, h, r, ids, late && r != l.c.rank, &go, &stop);
+            waits = waits && !look_at(l, h, r, late && r != l.c.rank, &go);
             uint32_t now = __ballot_sync(ALL_LANES, go), later = __ballot_sync(ALL_LANES, waits);
             if (threadIdx.x % 32 == 0) {
                 h.go[first / 32] = now;
@@ -244,7 +245,7 @@ static __device__ __noinline__ uint32_t send_in_turns(const ll_dispatch_t &p, ll
     const ll_common_t &l = p.l;
     uint64_t start = globaltimer_ns();
     uint32_t bad = 0;
-    int what;
+    int what = LL_STOP;
     for (uint32_t first = threadIdx.x / 32 * 32; first < (uint32_t)l.c.ranks; first += LL_THREADS) {
         int r = (int)(first + threadIdx.x % 32);
         uint32_t near = __ballot_sync(ALL_LANES, r < l.c.ranks && ll_near(l, r));
@@ -253,8 +254,11 @@ static __device__ __noinline__ uint32_t send_in_turns(const ll_dispatch_t &p, ll
         if (ids && (near >> threadIdx.x % 32 & 1))
             l.r.asked[r] = 0;
     }
-    __syncthreads();
-    while ((what = find_turn(l, h, ids, start)) == LL_CAME) {
+    if (ids)
+        settle(l, h);
+    else
+        __syncthreads();
+    while (!h.stop && (what = find_turn(l, h, start)) == LL_CAME) {
         for (int r = (int)threadIdx.x; ids && r < l.c.ranks; r += LL_THREADS)
             if (goes(h, r))
                 l.r.asked[r] = 1;
