@@ -97,7 +97,8 @@ EPX_API epx_status_t epx_ll_combine_send(epx_ll_handle_t *handle, const epx_ll_c
 EPX_API epx_status_t epx_ll_combine_recv(epx_ll_handle_t *handle, epx_stream_t stream);
 
 /* The handle's slot is free again, as it is once combined: a handle is combined once, and released or not after that.
- * After a dispatch that is not combined all ranks leave that combine out. NULL is fine. */
+ * After a dispatch that is not combined all ranks leave that combine out. After its send half: the slot's next dispatch
+ * waits until the others have sent their outputs. NULL is fine. */
 EPX_API void epx_ll_handle_release(epx_ll_handle_t *handle, epx_stream_t stream);
 
 /* Memory for expert outputs that combine reads in place, [L][R*M][H] bf16, when the buffer was made with ll_zero_copy.

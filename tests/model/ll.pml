@@ -3,9 +3,10 @@
  * sequentially consistent.
  *
  * K calls over a ring of SLOTS slots. All ranks make the same halves in the same order; the order is any in which calls
- * begin by number, a slot is owned by one call at a time, and a call is combined or released after its receive half.
+ * begin by number, a slot is owned by one call at a time, and a call is combined, or released after its receive half or
+ * its outputs' send half.
  *
- *   DISPATCH_SEND  epx__ll_cpu_dispatch_send: slot_free, send_to   (ll_dispatch.c)
+ *   DISPATCH_SEND  epx__ll_cpu_dispatch_send: await_unread, slot_free, send_to   (ll_dispatch.c)
  *   DISPATCH_RECV  epx__ll_cpu_dispatch_recv: read_block, spread, tell_taken
  *   COMBINE_SEND   epx__ll_cpu_combine_send                        (ll_combine.c)
  *   COMBINE_RECV   epx__ll_cpu_combine_recv: combined
@@ -39,6 +40,7 @@
 #define UP(word, n) word = (word > (n) -> word : (n)) /* words only grow */
 
 byte half[HALVES], halves; /* the programme */
+bit unread[K + 1];         /* that call is released between the halves of combine */
 byte rows[N * N * SLOTS], back[N * N * SLOTS];
 byte dispatched[N * N * SLOTS], taken[N * N * SLOTS], combined[N * N * SLOTS];
 
@@ -70,6 +72,11 @@ proctype Rank(byte r)
        n = half[at] / 4;
        if
        :: half[at] % 4 == SEND ->
+          if
+          :: n > SLOTS && unread[n - SLOTS] ->
+             for (p : 0 .. N - 1) { if :: p != r -> (combined[AT(p, r, WORD(n))] + SLOTS >= n) :: else fi }
+          :: else
+          fi;
           for (p : 0 .. N - 1) { if :: p != r ->
               (FREE(p));
               BEGIN_
@@ -126,6 +133,7 @@ init {
            half[halves] = 4 * n + next[n]; halves++;
            if
            :: next[n] == RECV -> next[n] = 4 /* released */
+           :: next[n] == CSEND -> next[n] = 4; unread[n] = 1
            :: next[n]++
            fi
         :: begun == K && !ANY -> break

@@ -3,11 +3,11 @@
  * is another rank's. Rank 0 owns it and makes K calls; ranks 1 and 2 return outputs, as late as they like and without
  * waiting for each other (they have masked each other). Memory is sequentially consistent.
  *
- *   Owner   dispatch: slot_settled (ll_dispatch.c), await_ranks and settle (ll_send.cuh), far_settle (ll_far.cuh);
- *           combine: who is given up owes
+ *   Owner   dispatch: await_unread and slot_settled (ll_dispatch.c), await_ranks and settle (ll_send.cuh), far_settle
+ *           (ll_far.cuh); combine: who is given up owes; released after its send half, all who were asked do
  *   Writer  dispatch_recv: `taken`; combine: a row and its flag, then `combined`, or `left_out`, which is the same here
  *
- * T_name: broken twins. T_turns: only the turn of the rank that owes waits.
+ * T_name: broken twins; T_ll_no_unread is an EPX__MUTATE too. T_turns: only the turn of the rank that owes waits.
  */
 #ifndef K
 #define K 3
@@ -77,7 +77,11 @@ proctype Owner()
 #ifndef T_no_owed
            owed[p] = n
 #endif
-        :: else
+        :: true -> /* released */
+#ifndef T_ll_no_unread
+           for (p : 1 .. 2) { if :: told[AT(p, n)] == 1 -> owed[p] = n :: else fi }
+#endif
+        :: told[AT(p, n)] == 2 -> skip
         fi
     }
 }

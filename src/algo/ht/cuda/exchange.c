@@ -393,8 +393,9 @@ static void fault_own(ht_cuda_t *h, const ht_host_t *r)
                             half, kind, r->peer);
     else if (r->stage == HT_STAGE_OWED)
         epx__exchange_fault(h->exchange, status,
-                            "call %llu, %s: its slot may still be written by rank %d, which was given up in call %llu "
-                            "but is alive; end its process, or make the buffer with more ll_slots",
+                            "call %llu, %s: its slot may still be written by rank %d, which has not ended call %llu "
+                            "(it was given up there, or the call was released after its send half) but is alive; end "
+                            "its process, or make the buffer with more ll_slots",
                             half, kind, r->peer, expected);
     else if (r->stage == HT_STAGE_GONE)
         epx__exchange_fault(h->exchange, status,

@@ -40,7 +40,7 @@ enum ht_stage {
     HT_STAGE_END,      /* waiting for the peer to end the half */
     HT_STAGE_BARRIER,  /* waiting for this kernel's other blocks */
     HT_STAGE_OVERFLOW, /* more rows than room */
-    HT_STAGE_OWED,     /* low latency: the peer was given up in the slot's last call and may still write there */
+    HT_STAGE_OWED,     /* low latency: the peer has not ended the slot's last call here and may still write there */
     HT_STAGE_TOLD,     /* a peer told of its failure */
     HT_STAGE_RAIL,     /* waiting for the message of the rail in another domain */
     HT_STAGE_COME,     /* waiting for what comes from another domain */

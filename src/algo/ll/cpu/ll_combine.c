@@ -7,7 +7,8 @@
  * nothing but `left_out` = number. recv: when every rank that has tokens of mine has said one of the two, add what
  * came.
  *
- * The slot's last use has been read when I write: the owner has dispatched this call to me after it combined that one.
+ * The slot's last use is over when I write: the owner has dispatched this call to me after it combined that one, or,
+ * when it released it, after all had said that they are done with it.
  */
 #include <string.h>
 
@@ -197,7 +198,7 @@ epx_status_t epx__ll_cpu_combine_send(epx__exchange_t *exchange, epx__ll_call_t 
 {
     (void)stream;
     epx__ll_cpu_t *ll = exchange->ll;
-    const epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
+    epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
     back_job_t job = {.ll = ll,
                       .call = call,
                       .x = call->combine.x ? call->combine.x : kept->zero_copy,
@@ -211,6 +212,7 @@ epx_status_t epx__ll_cpu_combine_send(epx__exchange_t *exchange, epx__ll_call_t 
                            .serve = send_back,
                            .give_up = leave_out,
                            .context = &job};
+    kept->unread = true;
     epx__ll_net_retry(ll);
     find_rows(ll, call);
     memset(ll->next, 0, ll->layout.ranks * sizeof *ll->next);
@@ -326,6 +328,7 @@ epx_status_t epx__ll_cpu_combine_recv(epx__exchange_t *exchange, epx__ll_call_t 
                            .serve = note_came,
                            .give_up = owes,
                            .context = call};
+    epx__ll_kept_of(ll, call)->unread = false; /* who is not waited for owes */
     whom_to_wait_for(ll, call);
     epx__ll_net_retry(ll);
     EPX__TRY(epx__ll_serve_all(ll, &wait));

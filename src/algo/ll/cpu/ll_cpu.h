@@ -25,6 +25,7 @@ typedef struct epx__ll_kept {
     uint8_t *came;          /* [ranks] 1: its outputs for my tokens are here */
     uint8_t *owing;  /* [ranks] 1: given up in this call; it may still write into the slot until it says that it is done
                         with the call */
+    bool unread;     /* its outputs were sent, and those for me not taken: a release would leave them under way */
     uint64_t last;   /* number of the call that used the slot last */
     void *zero_copy; /* expert outputs, when the buffer was made for it */
 } epx__ll_kept_t;

@@ -2,9 +2,11 @@
  * Low-latency dispatch on the CPU.
  *
  * send: to each rank whose slot is free for me (`taken` has reached number - slots): the ids of all my tokens, then
- * each wanted token's row at the row place of its own index, then `dispatched` = number. To a far rank: the same as one
- * record, ids and then the rows that it wants without gaps, put as soon as there is room in the channel. recv: when
- * `dispatched` of every rank shows the number, positions follow from the ids alone; rows are spread, `taken` posted.
+ * each wanted token's row at the row place of its own index, then `dispatched` = number. To nobody before all are done
+ * with the slot's last call, when that was released after its send half, or somebody given up in it. To a far rank: the
+ * same as one record, ids and then the rows that it wants without gaps, put as soon as there is room in the channel.
+ * recv: when `dispatched` of every rank shows the number, positions follow from the ids alone; rows are spread, `taken`
+ * posted.
  */
 #include <inttypes.h>
 #include <string.h>
@@ -199,6 +201,48 @@ static epx_status_t send_to(epx__ll_cpu_t *ll, int rank, void *context)
     return EPX_OK;
 }
 
+static void owes(epx__ll_cpu_t *ll, int rank, void *context)
+{
+    epx__ll_kept_t *kept = epx__ll_kept_of(ll, context);
+    kept->owing[rank] = kept->asked[rank];
+}
+
+/* The slot's last call, at that rank. */
+static bool ended_last(epx__ll_cpu_t *ll, int rank, void *context)
+{
+    bool came;
+    return epx__ll_ended(ll, rank, epx__ll_kept_of(ll, context)->last, &came);
+}
+
+static epx_status_t nothing(epx__ll_cpu_t *ll, int rank, void *context)
+{
+    (void)ll, (void)rank, (void)context;
+    return EPX_OK;
+}
+
+/* The slot's last call was released after its send half: outputs may be under way to places that are other ranks' in
+ * this one. So long as they are, no ids permit new ones. Who is masked owes. */
+static epx_status_t await_unread(epx__ll_cpu_t *ll, epx__ll_call_t *call)
+{
+    epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
+    epx__ll_wait_t wait = {.operation = "ll_dispatch_send",
+                           .stage = "its outputs of the slot's last call, which was released",
+                           .number = call->number,
+                           .timeout_ms = call->dispatch.timeout_ms,
+                           .ready = ended_last,
+                           .serve = nothing,
+                           .give_up = owes,
+                           .context = call};
+    for (int r = 0; r < ll->exchange->topology->ranks; r++) {
+        ll->done[r] = !kept->asked[r] || ll->masked[r];
+        if (ll->masked[r])
+            owes(ll, r, call);
+    }
+    EPX__TRY(epx__ll_serve_all(ll, &wait));
+    kept->unread = false;
+    return EPX_OK;
+}
+
 /* A rank given up in the slot's last call may still write there, until it says that it is done with it, has destroyed
  * its buffer, or is dead; and a little longer when its bytes come over the network. */
 static epx_status_t slot_settled(epx__ll_cpu_t *ll, const epx__ll_kept_t *kept, uint64_t slot)
@@ -230,8 +274,10 @@ epx_status_t epx__ll_cpu_dispatch_send(epx__exchange_t *exchange, epx__ll_call_t
     epx__ll_kept_t *kept = epx__ll_kept_of(ll, call);
     size_t ranks = (size_t)exchange->topology->ranks;
     uint32_t bad = 0;
-    EPX__TRY(slot_settled(ll, kept, call->number % ll->layout.slots));
     epx__ll_net_retry(ll);
+    if (kept->unread && !EPX__MUTATE(ll_no_unread))
+        EPX__TRY(await_unread(ll, call));
+    EPX__TRY(slot_settled(ll, kept, call->number % ll->layout.slots));
     memset(kept->asked, 0, ranks);
     memset(kept->owing, 0, ranks);
     kept->last = call->number;
@@ -284,12 +330,6 @@ static epx_status_t read_block(epx__ll_cpu_t *ll, int rank, void *context)
     if (block->weights)
         memcpy(kept->weights + to, ids + count, count * sizeof(float));
     return EPX_OK;
-}
-
-static void owes(epx__ll_cpu_t *ll, int rank, void *context)
-{
-    epx__ll_kept_t *kept = epx__ll_kept_of(ll, context);
-    kept->owing[rank] = kept->asked[rank];
 }
 
 typedef struct spread_job {

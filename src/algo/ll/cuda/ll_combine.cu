@@ -7,7 +7,8 @@
  *             the copiers go on meanwhile, and several tellers wait at the same time
  *   adders    a piece of a token's row each: wait for the flags of the token's rows, add in order, round once
  *
- * An owner's place is free when I write: it has dispatched this call to me after it combined the slot's last one.
+ * An owner's place is free when I write: it has dispatched this call to me after it combined the slot's last one, or,
+ * when it released that, after all had said that they are done with it.
  */
 #include <cuda_runtime.h>
 #include <string.h>
@@ -245,6 +246,15 @@ static __device__ void adder(const ll_combine_t &p, ll_head_t &h)
 
 /* ---- the kernel ---- */
 
+/* One warp of block 0. Halves: between them outputs come, and after a release nobody waits for them. */
+static __device__ void note_unread(const ll_combine_t &p, const ll_head_t &h)
+{
+    const ll_common_t &l = p.l;
+    uint64_t *unread = l.unread + h.slot * (uint64_t)l.c.ranks;
+    for (int r = (int)(threadIdx.x % 32); p.send != p.recv && r < l.c.ranks; r += 32)
+        *(volatile uint64_t *)&unread[r] = p.send && l.r.asked[r] ? h.n : 0;
+}
+
 /* One warp of block 0: who gets nothing in this call hears of it at once. */
 static __device__ void tell_left_out(const ll_combine_t &p, const ll_head_t &h)
 {
@@ -279,6 +289,7 @@ __global__ void __launch_bounds__(LL_THREADS, 1) ll_combine_kernel(const __grid_
         return;
     if (blockIdx.x == 0 && warp == LL_THREADS / 32 - 1) {
         ll_tell_finished(p.l);
+        note_unread(p, h);
         if (p.send)
             tell_left_out(p, h);
     }

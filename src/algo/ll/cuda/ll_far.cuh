@@ -153,13 +153,12 @@ EPX__DEVICE void far_note(const ll_common_t &l, const ll_far_head_t &h, int rank
 
 /* ---- before anybody is served ---- */
 
-/* One thread: until that rank, if it was given up in the slot's last call, has said that it puts nothing more of it, or
- * is gone. False: stop. */
+/* One thread: until that rank, if it owes, has said that it puts nothing more of the slot's last call, or is gone.
+ * False: stop. */
 EPX__DEVICE bool far_settled(const ll_common_t &l, const ll_far_head_t &h, uint32_t place)
 {
-    volatile uint64_t *owes = &l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)l.far.rank_of[place]];
     const epx__ll_words_t *words = far_words(l, h, place);
-    uint64_t owed = *owes;
+    uint64_t owed = ll_owed(l, h.slot, l.far.rank_of[place]);
     for (uint32_t polls = 1; owed && ld_acquire_sys_u64(&words->combined) < owed &&
                              ld_acquire_sys_u64(&words->left_out) < owed && !far_left(l, place);
          polls++) {
@@ -169,7 +168,7 @@ EPX__DEVICE bool far_settled(const ll_common_t &l, const ll_far_head_t &h, uint3
             return far_fail(l, h, place, EPX_E_BUSY, HT_STAGE_OWED, owed, ld_relaxed_sys_u64(&words->combined));
     }
     if (owed)
-        *owes = 0; /* by each block alike */
+        ll_settle(l, h.slot, l.far.rank_of[place]); /* by each block alike */
     return true;
 }
 

@@ -28,17 +28,13 @@ EPX__DEVICE int credit_of(const ll_common_t &l, const ll_head_t &h, int rank)
     return ll_wait_slow<false>(l, h.n, taken, h.n - l.slots, rank, HT_STAGE_CREDIT, NULL, NULL);
 }
 
-/* A rank given up in the slot's last call may still write there, until it says that it is done with it. */
-EPX__DEVICE uint64_t *owed_by(const ll_common_t &l, const ll_head_t &h, int rank)
-{
-    return &l.owed[h.slot * (uint64_t)l.c.ranks + (uint64_t)rank];
-}
 EPX__DEVICE bool settled(const ll_common_t &l, const ll_head_t &h, int rank)
 {
-    uint64_t owed = *owed_by(l, h, rank);
+    uint64_t owed = ll_owed(l, h.slot, rank);
     if (owed && !ll_settled(l, h.n, h.slot, rank, owed))
         return false;
-    *owed_by(l, h, rank) = 0;
+    if (owed)
+        ll_settle(l, h.slot, rank);
     return true;
 }
 

@@ -81,7 +81,7 @@ EPX__DEVICE uint32_t ll_decide(uint64_t *word, uint64_t n, uint32_t what)
 
 /*
  * It was decided that the row is in: somebody has seen its flag, so there is nothing to wait for but one's own look.
- * With a deadline, though: a late output of an older call that was released too early may have put the flag back.
+ * With a deadline all the same.
  */
 EPX__DEVICE int ll_follow(const ll_common_t &l, uint64_t n, const uint64_t *flag, int peer)
 {
@@ -143,7 +143,25 @@ EPX__DEVICE int ll_wait_flag(const ll_common_t &l, uint64_t n, const uint64_t *w
 }
 
 /*
- * Until rank r, given up in `call`, has said that it is done with that slot; else its late outputs would meet those of
+ * The call whose outputs from rank r may still come to that slot, 0: none: the slot's last one, when r was given up in
+ * it, or it was released after its send half.
+ */
+EPX__DEVICE uint64_t ll_owed(const ll_common_t &l, uint64_t slot, int r)
+{
+    uint64_t at = slot * (uint64_t)l.c.ranks + (uint64_t)r;
+    uint64_t owed = *(volatile uint64_t *)&l.owed[at], unread = *(volatile uint64_t *)&l.unread[at];
+    return owed > unread ? owed : unread;
+}
+/* They come no more. */
+EPX__DEVICE void ll_settle(const ll_common_t &l, uint64_t slot, int r)
+{
+    uint64_t at = slot * (uint64_t)l.c.ranks + (uint64_t)r;
+    *(volatile uint64_t *)&l.owed[at] = 0;
+    *(volatile uint64_t *)&l.unread[at] = 0;
+}
+
+/*
+ * Until rank r has said that it is done with `call` (ll_owed); else its late outputs would meet those of
  * the slot's next call. It says so at the start of the kernel after its combine, so there may be a moment to wait. At
  * the deadline, words; false: stop. The kernel that waits here tells its own first, or two ranks would wait for each
  * other.
