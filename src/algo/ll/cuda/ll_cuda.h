@@ -94,8 +94,7 @@ typedef struct ll_common {
     uint32_t *gave_up;          /* pinned host memory, [ranks]: masked by a deadline */
     uint64_t *taken, *combined; /* [slots] to be told by the next kernel */
     uint64_t *owed;             /* [slots][ranks] the call in which that rank was given up there; 0 nobody */
-    uint64_t
-        *unread; /* [slots][ranks] between the halves of combine, and after it if released then: the call; else 0 */
+    uint64_t *unread; /* [slots][ranks] the call whose outputs from it may come here, and are not added yet; 0 none */
     uint64_t *spoilt; /* in-band kernels alone, [slots][ranks]: from that call on, its rows' places there may hold what
                          nobody took; 0 never */
     const int32_t *place; /* device, [ranks] among the far ranks, -1 near; NULL: all are near */

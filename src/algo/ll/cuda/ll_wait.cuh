@@ -81,7 +81,7 @@ EPX__DEVICE uint32_t ll_decide(uint64_t *word, uint64_t n, uint32_t what)
 
 /*
  * It was decided that the row is in: somebody has seen its flag, so there is nothing to wait for but one's own look.
- * With a deadline all the same.
+ * With a deadline all the same: no wait is without one.
  */
 EPX__DEVICE int ll_follow(const ll_common_t &l, uint64_t n, const uint64_t *flag, int peer)
 {
@@ -161,10 +161,9 @@ EPX__DEVICE void ll_settle(const ll_common_t &l, uint64_t slot, int r)
 }
 
 /*
- * Until rank r has said that it is done with `call` (ll_owed); else its late outputs would meet those of
- * the slot's next call. It says so at the start of the kernel after its combine, so there may be a moment to wait. At
- * the deadline, words; false: stop. The kernel that waits here tells its own first, or two ranks would wait for each
- * other.
+ * Until rank r has said that it is done with `call` (ll_owed); else its late outputs would meet those of the slot's
+ * next call. It says so at the start of the kernel after its combine, so there may be a moment to wait. At the
+ * deadline, words; false: stop. The kernel that waits here tells its own first, or two ranks would wait for each other.
  */
 EPX__DEVICE bool ll_settled(const ll_common_t &l, uint64_t n, uint64_t slot, int r, uint64_t call)
 {
