@@ -24,14 +24,14 @@ enum { HELD, OVER };
  * Rings of 6 rows, a batch each; 4 of them are used: what divides 256. Row 0 for X holds up rows 6, 12, 18, ..., each
  * with the warp that has it; row 256 is none of them. A warp's first two tokens are its own: with 132 warps, a multiple
  * of 6 and of 4, all that a stuck warp has is among those rows. So it is with 132 warps of X that copy out, beside as
- * many for Y. (Emulated, a block has 11 warps; of a rank's blocks four sevenths send.)
+ * many for Y. (Emulated, a block has 11 warps; of three ranks' n blocks 27 n / 59 send.)
  */
 #define ROW 1280u
 #define RESERVE (5u * 4096u)
 #define BEYOND 258u /* rows for X */
 #define TOKENS_MAX 264u
 
-static const int sms[RANKS] = {[S] = 21, [X] = 56, [Y] = 3};
+static const int sms[RANKS] = {[S] = 27, [X] = 44, [Y] = 3};
 
 typedef struct laps {
     const char *name;

@@ -229,7 +229,8 @@ static __device__ __noinline__ void flow_copy_x(char *to, const char *from, uint
 }
 
 /* Warp: the payload of one row by the copy engine: as many pieces as there are stages are loaded together, then stored
- * one by one. Leaves stores under way. The row before, if `tell`, is told while the first pieces are on their way. */
+ * one by one; there is a payload. Leaves stores under way. The row before, if `tell`, is told while the first pieces
+ * are on their way. */
 EPX__DEVICE void flow_move_x(const ht_flow_t &f, const ht_cut_t &cut, ht_stages_t &s, ht_runner_t &r, uint32_t p,
                              bool tell, uint32_t last)
 {

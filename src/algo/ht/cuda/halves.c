@@ -267,8 +267,8 @@ static uint64_t lap_of(uint64_t batches)
 }
 
 /*
- * Rings for peers in the reserve: rows in one, and rows behind a progress word: a 16th of the ring, for each word costs
- * its writer a fence and its reader a look, but not so many that the first rows are late.
+ * Rings for peers in the reserve: rows in one, and rows behind a progress word. Each word costs its writer a fence and
+ * its reader a look, but many rows behind one are late: 16 words a ring, more where each has HT_BATCH_GOOD rows then.
  */
 static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, uint64_t *ring_bytes, uint64_t *rows,
                              uint32_t *batch)
@@ -277,10 +277,10 @@ static epx_status_t cut_ring(const ht_cuda_t *h, const epx__row_shape_t *shape, 
     uint64_t peers = rings_of(h);
     *ring_bytes = peers ? x->layout.reserve_bytes / peers / EPX__ROW_ALIGN * EPX__ROW_ALIGN : 0;
     *rows = epx__place_capacity(shape, *ring_bytes);
-    uint64_t batch_rows = *rows / 16 > HT_BATCH_MOST ? HT_BATCH_MOST : *rows / 16;
-    if (batch_rows < HT_BATCH_LEAST)
-        batch_rows = *rows / 4 < HT_BATCH_LEAST ? *rows / 4 : HT_BATCH_LEAST;
-    *batch = batch_rows ? (uint32_t)batch_rows : 1;
+    uint64_t lap = lap_of(*rows / HT_BATCH_GOOD), behind = *rows / (lap > 16 ? lap : 16);
+    if (behind < HT_BATCH_LEAST)
+        behind = *rows / 4 < HT_BATCH_LEAST ? *rows / 4 : HT_BATCH_LEAST;
+    *batch = behind ? (uint32_t)behind : 1;
     *rows = lap_of(*rows / *batch) * *batch;
     if (peers && *rows == 0)
         return epx__fail(
