@@ -13,6 +13,7 @@
 #ifndef EPX_ALGO_HT_CUDA_FLOW_CUH
 #define EPX_ALGO_HT_CUDA_FLOW_CUH
 
+#include "algo/ht/cuda/copy.cuh"
 #include "algo/ht/cuda/share.cuh"
 
 /* ---- flows ---- */
@@ -209,23 +210,10 @@ EPX__DEVICE void rows_moved(const ht_flow_t &f, ht_runner_t &r, uint32_t last)
     }
 }
 
-/* Pieces of 16 bytes that a lane has under way together, 512 bytes apart. */
-#define FLOW_PIECES 14
-
 /* Warp: the payload of one row by ordinary loads and stores. Called, so that its registers are its own. */
 static __device__ __noinline__ void flow_copy_x(char *to, const char *from, uint64_t bytes)
 {
-    for (uint64_t at = threadIdx.x % 32 * 16; at < bytes; at += FLOW_PIECES * 512) {
-        uint4 v[FLOW_PIECES];
-#pragma unroll
-        for (int i = 0; i < FLOW_PIECES; i++)
-            v[i] = at + i * 512 < bytes ? ld_global_16(from + at + i * 512) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < FLOW_PIECES; i++) {
-            if (at + i * 512 < bytes)
-                st_global_16(to + at + i * 512, v[i]);
-        }
-    }
+    copy_16<14>(to, from, bytes);
 }
 
 /* Warp: the payload of one row by the copy engine: as many pieces as there are stages are loaded together, then stored

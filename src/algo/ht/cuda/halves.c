@@ -309,6 +309,26 @@ static uint64_t rows_shape(const epx__row_shape_t *s)
         s->weights);
 }
 
+/*
+ * Who of the domain's blocks sends. With rings, what is sent to others is copied out there. More sending blocks than
+ * fill the links only make their own rows wait, and so all who wait to hear of these, and so do more warps than have
+ * two dozen rows for others under way. Four ranks, 28 blocks, of which send 12: 590 us, 16 650, 20 777; 12 with 8 warps
+ * each 540 (H200).
+ */
+static void share_blocks(const ht_cuda_t *h, bool rings, ht_rows_t *p)
+{
+    p->send_blocks = p->near_blocks;
+    p->send_warps = p->cut.warps;
+    if (!rings)
+        return;
+    uint32_t others = h->rails ? rings_of(h) - 1 : rings_of(h), all = others + 1;
+    p->near_blocks = p->near_blocks < 2 ? 2 : p->near_blocks;
+    p->send_blocks = p->near_blocks * 9 * all / (9 * all + 16 * others);
+    p->send_blocks = p->send_blocks ? p->send_blocks : 1;
+    uint32_t warps = 24 / others < 5 ? 5 : 24 / others;
+    p->send_warps = warps < p->cut.warps ? warps : p->cut.warps;
+}
+
 epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t *handle, const epx_rows_t *rows,
                                bool first, const epx__target_t *target, epx_stream_t stream)
 {
@@ -356,19 +376,7 @@ epx_status_t epx__ht_cuda_rows(epx__exchange_t *exchange, epx__exchange_handle_t
     if (h->rails)
         EPX__TRY(epx__ht_cuda_rail_rows(h, a->sms, &shape, &p, &blocks));
     p.near_blocks = blocks - p.rail_send - p.rail_pull - (h->rails ? 1 : 0);
-    p.send_blocks = p.near_blocks;
-    p.send_warps = p.cut.warps;
-    if (target->own && rings_of(h)) {
-        p.near_blocks = p.near_blocks < 2 ? 2 : p.near_blocks;
-        /* What is sent to others is copied out there. More sending blocks than fill the links only make their own rows
-         * wait, and so all who wait to hear of these, and so do more warps than have two dozen rows for others under
-         * way. Four ranks, 28 blocks, of which send 12: 590 us, 16 650, 20 777; 12 with 8 warps each 540 (H200). */
-        uint32_t others = h->rails ? rings_of(h) - 1 : peers;
-        p.send_blocks = p.near_blocks * 9 * (others + 1) / (9 * (others + 1) + 16 * others);
-        p.send_blocks = p.send_blocks ? p.send_blocks : 1;
-        p.send_warps = 24 / others < 5 ? 5 : 24 / others;
-        p.send_warps = p.send_warps < p.cut.warps ? p.send_warps : p.cut.warps;
-    }
+    share_blocks(h, target->own && rings_of(h), &p);
     blocks = p.near_blocks + p.rail_send + p.rail_pull + (h->rails ? 1 : 0);
     epx__ht_scope_t s;
     EPX__TRY(epx__ht_cuda_open(exchange, stream, &s));

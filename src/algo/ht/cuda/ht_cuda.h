@@ -20,8 +20,8 @@ extern "C" {
 
 #define HT_WORDS (EPX__CUDA_CHUNK_WORDS / 2u) /* progress words per peer and direction */
 #define HT_BATCH_LEAST 32u                    /* rows behind one progress word, where there is room */
-#define HT_BATCH_GOOD 64u
-#define HT_WORD_SHIFT 20 /* a progress word is sequence << 20 | batch + 1, so that it only grows */
+#define HT_BATCH_GOOD 64u                     /* more words than 16 a ring, while there are so many behind each */
+#define HT_WORD_SHIFT 20                      /* a progress word is sequence << 20 | batch + 1, so that it only grows */
 #define HT_WARPS_MAX 16u
 #define HT_SHARED_OWN 1024u /* bytes of shared memory that kernels have besides what they are launched with */
 #define HT_DEST_BYTES 64u   /* a rank's line in the table of destinations (rows) and of sources (combine) */

@@ -251,7 +251,9 @@ static __device__ void note_unread(const ll_combine_t &p, const ll_head_t &h)
 {
     const ll_common_t &l = p.l;
     uint64_t *unread = l.unread + h.slot * (uint64_t)l.c.ranks;
-    for (int r = (int)(threadIdx.x % 32); p.send != p.recv && r < l.c.ranks; r += 32)
+    if (p.send && p.recv)
+        return;
+    for (int r = (int)(threadIdx.x % 32); r < l.c.ranks; r += 32)
         *(volatile uint64_t *)&unread[r] = p.send && l.r.asked[r] ? h.n : 0;
 }
 
